@@ -1,0 +1,90 @@
+"""The Generator contract: tokens to a distribution over tokens, and samples of it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from smalti.networks.model import ModelConfig
+from smalti.tokenizers.spec import TokenSpec
+
+
+def settings(cls: type) -> type:
+  """Makes a frozen dataclass a pytree of sampling settings.
+
+  Fields annotated as float (or `float | None`) are traced leaves, so that a sweep over them
+  compiles once; None is no leaf, so switching a setting on or off is another program. All other
+  fields (counts, kinds, top-k) are static.
+  """
+  cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+  floats = [f.name for f in dataclasses.fields(cls) if f.type in (float, float | None)]
+  static = [f.name for f in dataclasses.fields(cls) if f.name not in floats]
+  return jax.tree_util.register_dataclass(cls, data_fields=floats, meta_fields=static)
+
+
+class Settings:
+  """Base of all sampling settings; arguments of `sample`, never fields of a model."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+  """What a generator draws.
+
+  Attributes:
+    tokens: int32[B, N, D], codes only: never MASK, BOS or a condition.
+    nfe: passes of the network per example (guided passes count twice).
+    exact: bool[B], whether the draw is from the model's own conditional given `known`.
+    log_prob: float32[B] in nats of the drawn tokens under the sampling distribution, or None.
+    steps: int32[T, B, N, D], the states on the way, or None.
+  """
+
+  tokens: Int[Array, 'b n d']
+  nfe: Int[Array, ''] | int
+  exact: Bool[Array, 'b']
+  log_prob: Float[Array, 'b'] | None = None
+  steps: Int[Array, 't b n d'] | None = None
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class GeneratorConfig(ModelConfig):
+  """Base of all generator configs; the type of a config selects the generator."""
+
+  def build(self, spec: TokenSpec, *, rngs: nnx.Rngs) -> 'Generator':
+    raise TypeError(f'{type(self).__name__} does not say what it builds.')
+
+
+class Generator(nnx.Module):
+  """Base of generators over tokens of `spec`.
+
+  `keys` holds one typed key per example and fixes the batch size; every draw folds step and
+  purpose into the example's own key, so a sample does not depend on its neighbours or the mesh.
+  """
+
+  spec: TokenSpec
+
+  def loss(self, batch: dict[str, Array], *, step: Array, key: Array, train: bool = True
+           ) -> tuple[Array, dict[str, Any]]:
+    """Mean nats per valid token; aux holds `metrics`, `weight` and `statistics`."""
+    raise TypeError(f'{type(self).__name__} has no loss.')
+
+  def sample(self, condition: dict[str, Array] | None, *, keys: Array, settings: Any,
+             known: Int[Array, 'b n d'] | None = None,
+             known_mask: Bool[Array, 'b n d'] | None = None) -> Sample:
+    raise TypeError(f'{type(self).__name__} does not sample.')
+
+
+@jax.jit
+def generate(model: Generator, condition: dict[str, Array] | None, *, keys: Array, settings: Any,
+             known: Array | None = None, known_mask: Array | None = None) -> Sample:
+  """Jitted `model.sample`; labels, seeds and float settings share one program."""
+  return model.sample(
+      condition, keys=keys, settings=settings, known=known, known_mask=known_mask)
+
+
+def example_keys(seed: int | Array, index: Int[Array, 'b']) -> Array:
+  """One key per example from a seed (or key) and the examples' global indices."""
+  root = jax.random.key(seed) if not hasattr(seed, 'dtype') else seed
+  return jax.vmap(lambda i: jax.random.fold_in(root, i))(index)
