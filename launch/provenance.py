@@ -1,0 +1,131 @@
+"""Results with what is needed to repeat them: the one writer of docs/results/*.json.
+
+A number in the README or in docs/ comes from a file written here, by the command that measured it.
+Paths of the machine are left out of the recorded command: they mean nothing to the next reader.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = ('smalti', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
+_STARTED = time.perf_counter()
+
+
+def record(
+    path: str | os.PathLike,
+    command: str | Sequence[str] | None,
+    results: Any,
+    *,
+    libraries: Sequence[str] = (),
+    seconds: float | None = None,
+    **extra: Any,
+) -> dict:
+  """Writes `results` to `path` as JSON together with their provenance, and returns the document.
+
+  Args:
+    command: what a reader types to repeat it; None takes this process's own arguments.
+    results: anything JSON can hold; numpy and jax scalars and arrays are converted.
+    libraries: distributions whose versions matter beyond the usual ones.
+    seconds: wall time of the measurement; None counts from the import of this module.
+    **extra: further top-level entries (dataset, seeds, ...), which may not replace ours.
+  """
+  document = {
+      'format': FORMAT,
+      'command': portable(command),
+      **source(),
+      'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%dT%H:%M:%SZ'),
+      'seconds': round(time.perf_counter() - _STARTED if seconds is None else seconds, 2),
+      'cpu_seconds': round(time.process_time(), 2),
+      'machine': machine(),
+      'versions': versions((*LIBRARIES, *libraries)),
+  }
+  if clash := sorted({*document, 'results'} & set(extra)):
+    raise ValueError(f'extra entries {clash} are written by record itself; choose other names.')
+  document = {**document, **extra, 'results': results}
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(document, indent=2, default=_plain, allow_nan=False) + '\n'
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  temporary.write_text(text)
+  temporary.replace(path)  # a reader sees the old file or the new one, never half of one
+  return json.loads(text)
+
+
+def portable(command: str | Sequence[str] | None) -> str:
+  """`command` as one line, absolute paths shortened to their last part: .../python."""
+  if command is None:
+    program = Path(sys.argv[0])
+    module = f'python -m smalti.launch.{program.stem}'
+    command = ['smalti' if program.name == 'smalti' else module, *sys.argv[1:]]
+  text = command if isinstance(command, str) else shlex.join(command)
+  return re.sub(r'(?<![\w.:/])/(?:[^\s/\'",;]+/)+', '.../', text)
+
+
+def source() -> dict:
+  """The commit this code is from, and whether the tree differed from it; None outside git."""
+  top = _git('rev-parse', '--show-toplevel')
+  if top is None or Path(top).resolve() != ROOT:
+    return {'commit': None, 'modified': None}
+  changes = _git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!docs/results')
+  return {'commit': _git('rev-parse', 'HEAD'), 'modified': bool(changes)}
+
+
+def machine() -> dict:
+  """Cores, processor family and, if jax runs already, its devices."""
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  found = {'cores': cores, 'platform': f'{platform.system()} {platform.machine()}'}
+  if jax := sys.modules.get('jax'):
+    devices = jax.devices()
+    found.update(backend=jax.default_backend(), device=devices[0].device_kind, devices=len(devices))
+  return found
+
+
+def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str | None]:
+  """Installed versions by distribution name; None where one is absent."""
+  found: dict[str, str | None] = {'python': platform.python_version()}
+  for name in libraries:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = None
+  return found
+
+
+def load(path: str | os.PathLike) -> Mapping[str, Any]:
+  """A recorded document; refuses a format this version does not know."""
+  document = json.loads(Path(path).read_text())
+  if document.get('format') != FORMAT:
+    raise ValueError(
+        f'{path} has format {document.get("format")!r}, this version reads {FORMAT}; '
+        f'it was written by smalti {document.get("versions", {}).get("smalti")}.')
+  return document
+
+
+def _git(*arguments: str) -> str | None:
+  try:
+    done = subprocess.run(
+        ['git', '-C', str(ROOT), *arguments], capture_output=True, text=True, timeout=30)
+  except (OSError, subprocess.TimeoutExpired):  # no git here: a wheel install
+    return None
+  return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _plain(value: Any) -> Any:
+  if hasattr(value, 'tolist'):  # numpy and jax, arrays and scalars
+    return value.tolist()
+  if isinstance(value, os.PathLike):
+    return Path(value).name
+  raise TypeError(f'a result must be JSON, got {type(value).__name__}: {value!r}')
