@@ -1,0 +1,59 @@
+"""Optimizers by group: clipping, schedule and start live inside the group."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+DECAYED = ('kernel', 'embedding')
+
+
+def schedule(config: Any, steps: int) -> Callable[[Any], Any]:
+  """The learning rate by the group's own step; `steps` is the length of the run."""
+  length = max(steps - config.start - config.warmup, 1)
+  end = config.rate * config.final
+  after = {
+      'constant': optax.constant_schedule(config.rate),
+      'cosine': optax.cosine_decay_schedule(config.rate, length, config.final),
+      'linear': optax.linear_schedule(config.rate, end, length),
+  }[config.schedule]
+  # step 0 already moves: (n + 1) / warmup instead of n / warmup
+  warm = optax.linear_schedule(config.rate / max(config.warmup, 1), config.rate,
+                               max(config.warmup - 1, 1))
+  return optax.join_schedules([warm, after], [config.warmup])
+
+
+def make(config: Any, discriminator: Any | None, steps: int) -> optax.GradientTransformation:
+  """AdamW for all parameters; those under `discriminator` have a group of their own.
+
+  A group that has not started is masked with its state: its moments and count begin at its own
+  first step. (Idle zero gradients would spend Adam's bias correction.)
+  """
+  groups = {'model': _group(config, steps)}
+  if discriminator is None:
+    return groups['model']
+  groups['discriminator'] = _group(discriminator, steps)
+  return optax.partition(groups, _labels)
+
+
+def _group(config: Any, steps: int) -> optax.GradientTransformation:
+  parts = [optax.clip_by_global_norm(config.clip)] if config.clip is not None else []
+  parts.append(optax.adamw(
+      schedule(config, steps), *config.betas, eps=config.epsilon,
+      weight_decay=config.weight_decay, mask=_decayed))
+  group = optax.chain(*parts)
+  if config.start:
+    group = optax.transforms.conditionally_mask(
+        group, should_transform_fn=lambda step: step >= jnp.int32(config.start))
+  return group
+
+
+def _labels(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: 'discriminator' if path[0].key == 'discriminator' else 'model', params)
+
+
+def _decayed(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)

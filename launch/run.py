@@ -1,0 +1,243 @@
+"""Runs: a folder with `config.json`, `checkpoints/`, `metrics.jsonl`, `samples/`, `report/`.
+
+`load` opens what a tokenizer reference may name: a run folder (`RUN`, `RUN@STEP`), an exported file
+(.safetensors), or a folder of stored tokens, which names the tokenizer it was made with.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import smalti
+from flax import nnx
+
+from smalti.generators.generator import GeneratorConfig
+from smalti.launch import serialization, state as states
+from smalti.launch.checkpoint import Checkpoints
+from smalti.launch.experiment import Experiment
+from smalti.launch.tracker import redact
+from smalti.networks.model import ModelConfig
+from smalti.tokenizers.spec import TokenSpec
+from smalti.tokenizers.tokenizer import Tokenizer
+
+FORMAT = 1
+# What may differ when a run is continued; everything else defines another run.
+FREE = ('steps', 'log', 'checkpoint', 'eval', 'mesh', 'tokenizer')
+
+
+@dataclasses.dataclass
+class Loaded:
+  """A trained model and where it came from.
+
+  Attributes:
+    model: the module, with averaged weights where the run keeps them.
+    config: its component config.
+    spec: its tokens.
+    fingerprint: for tokenizers, 16 hex digits over config, leaves and spec; for generators, that
+      of the tokenizer they were trained on.
+    experiment: the run's experiment, or None for an exported file.
+    step: the checkpoint's step.
+    path: the run folder or file.
+    weights: 'ema' or 'raw'.
+  """
+  model: nnx.Module
+  config: ModelConfig
+  spec: TokenSpec
+  fingerprint: str
+  experiment: Experiment | None
+  step: int
+  path: pathlib.Path
+  weights: str
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n')
+  os.replace(temporary, path)
+
+
+def check_format(item: dict, path: Any) -> None:
+  """Refuses a format this version does not know, with the version that wrote it."""
+  if item.get('format') != FORMAT:
+    raise ValueError(
+        f'{path} has format {item.get("format")}, written by smalti {item.get("version", "?")}; '
+        f'smalti {smalti.__version__} reads format {FORMAT}: use the version that wrote it.')
+
+
+def read_config(workdir: pathlib.Path) -> dict:
+  """The JSON of `config.json`; one line where it is missing or unreadable."""
+  path = pathlib.Path(workdir) / 'config.json'
+  if not path.exists():
+    raise FileNotFoundError(f'{workdir} is not a run: it has no config.json; train one into it.')
+  try:
+    item = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f'{path} is not JSON ({error}); restore it from a copy of the run.') from error
+  check_format(item, path)
+  return item
+
+
+def read_experiment(workdir: pathlib.Path, plugins: tuple[str, ...] = ()) -> Experiment:
+  return serialization.from_json(read_config(workdir)['experiment'], Experiment, plugins)
+
+
+def open_workdir(workdir: pathlib.Path, experiment: Experiment, *, started: bool) -> list[str]:
+  """Writes `config.json`, or checks it against the one there.
+
+  Args:
+    started: whether a checkpoint was committed; before that, any config may replace the old one.
+
+  Returns:
+    The allowed differences, one line each; they are appended to `config_history.jsonl`.
+
+  Raises:
+    ValueError: the config differs in what defines the run, with the differing fields.
+  """
+  new = redact(serialization.to_json(experiment))
+  item = {'format': FORMAT, 'version': smalti.__version__, 'experiment': new}
+  if not (workdir / 'config.json').exists() or not started:
+    if jax.process_index() == 0:
+      write_json(workdir / 'config.json', item)
+    return []
+  changes = serialization.differences(read_config(workdir)['experiment'], new)
+  refused = [c for c in changes if c.split(':')[0].split('.')[0] not in FREE]
+  if refused:
+    raise ValueError(
+        f'{workdir} holds a run with another config ({"; ".join(refused)}); '
+        'use another --workdir, or the same config to resume.')
+  if changes and jax.process_index() == 0:
+    with open(workdir / 'config_history.jsonl', 'a') as file:
+      file.write(json.dumps({'version': smalti.__version__, 'changes': changes}) + '\n')
+    write_json(workdir / 'config.json', item)
+  return changes
+
+
+def build(config: ModelConfig, spec: TokenSpec | None, rngs: nnx.Rngs) -> nnx.Module:
+  """The module of a component config; generators are built for the tokens of `spec`."""
+  if not isinstance(config, GeneratorConfig):
+    return config.build(rngs=rngs)
+  if spec is None:
+    raise ValueError(
+        f'{type(config).__name__} needs the tokens of a tokenizer; '
+        'name one with --config.tokenizer=RUN.')
+  return config.build(spec, rngs=rngs)
+
+
+def fingerprint(config: ModelConfig, spec: TokenSpec, *leaves: dict) -> str:
+  """16 hex digits of SHA-256 over config JSON, leaves in path order (little-endian), and spec."""
+  digest = hashlib.sha256()
+  digest.update(json.dumps(serialization.to_json(config), sort_keys=True).encode())
+  for tree in leaves:
+    for path, leaf in sorted(states.paths(tree).items()):
+      array = np.asarray(leaf)
+      digest.update(path.encode() + str(array.dtype).encode() + str(array.shape).encode())
+      digest.update(np.ascontiguousarray(
+          array.astype(array.dtype.newbyteorder('<'), copy=False)).tobytes())
+  digest.update(spec.to_json().encode())
+  return digest.hexdigest()[:16]
+
+
+def load(reference: str | os.PathLike, *, weights: str = 'ema',
+         plugins: tuple[str, ...] = ()) -> Loaded:
+  """Opens a run folder (`RUN`, `RUN@STEP`), an exported file, or a token folder's tokenizer.
+
+  `RUN` is its best checkpoint if it tracks a metric, else its newest.
+
+  Raises:
+    FileNotFoundError: nothing is there, or no checkpoint was committed.
+    ValueError: an unknown format, a damaged file, or a tokenizer that was retrained.
+  """
+  text = str(reference)
+  path, _, at = text.partition('@') if not os.path.exists(text) else (text, '', '')
+  folder = pathlib.Path(path)
+  if folder.suffix == '.safetensors' and folder.is_file():
+    from smalti.launch import export
+    return export.load(folder, plugins)
+  if (folder / 'index.json').exists() or (folder / 'train' / 'index.json').exists():
+    return _load_token_folder(folder, weights, plugins)
+  if not folder.exists():
+    raise FileNotFoundError(
+        f'No tokenizer or run at {text}; name a run folder, RUN@STEP, an exported .safetensors file '
+        'or a token folder.')
+  experiment = read_experiment(folder, plugins)
+  checkpoints = Checkpoints(folder / 'checkpoints', best=experiment.checkpoint.best,
+                            mode=experiment.checkpoint.mode)
+  try:
+    return _load_checkpoint(folder, experiment, checkpoints, at, weights)
+  finally:
+    checkpoints.close()
+
+
+def _load_checkpoint(folder: pathlib.Path, experiment: Experiment, checkpoints: Checkpoints,
+                     at: str, weights: str) -> Loaded:
+  step = checkpoints.best() if experiment.checkpoint.best else checkpoints.latest()
+  if at:
+    if not at.isdigit() or int(at) not in checkpoints.steps():
+      raise ValueError(f'{folder} has no checkpoint {at}; it has {checkpoints.steps()}.')
+    step = int(at)
+  if step is None:
+    raise FileNotFoundError(f'{folder} has no committed checkpoint yet; train it first.')
+  item = checkpoints.read_item(step)
+  check_format(item, folder / 'checkpoints' / str(step))
+  spec = TokenSpec.from_json(item['spec']) if item.get('spec') else None
+  shape = states.structure(lambda: build(experiment.model, spec, nnx.Rngs(0)))
+  group = 'ema' if weights == 'ema' and experiment.ema is not None else 'params'
+  abstract = nnx.eval_shape(lambda: build(experiment.model, spec, nnx.Rngs(0)))
+  params, buffers = shape.split(abstract)
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+                        {group: params, 'buffers': buffers})
+  tree = checkpoints.restore_part(step, target)
+  model = shape.merge(tree[group], tree['buffers'])
+  if isinstance(model, Tokenizer):
+    spec, mark = model.spec, fingerprint(experiment.model, model.spec, tree[group], tree['buffers'])
+  else:
+    mark = item.get('fingerprint') or ''
+  return Loaded(model, experiment.model, spec, mark, experiment, step, folder,
+                'ema' if group == 'ema' else 'raw')
+
+
+def _load_token_folder(folder: pathlib.Path, weights: str, plugins: tuple[str, ...]) -> Loaded:
+  index = folder if (folder / 'index.json').exists() else folder / 'train'
+  item = json.loads((index / 'index.json').read_text())
+  check_format(item, index / 'index.json')
+  source = item.get('tokenizer')
+  if not source:
+    raise ValueError(f'{index} does not name its tokenizer; name one with --tokenizer=RUN.')
+  loaded = load(source, weights=weights, plugins=plugins)
+  if loaded.fingerprint != item['fingerprint']:
+    raise ValueError(
+        f'{folder} was tokenized with {item["fingerprint"]}, and {source} is now '
+        f'{loaded.fingerprint}: it was retrained; tokenize again or name the old checkpoint.')
+  return loaded
+
+
+def load_tokenizer(loaded: Loaded, override: str | None = None,
+                   plugins: tuple[str, ...] = ()) -> Loaded:
+  """The tokenizer of a generator's run, or the one at `override` (a moved folder).
+
+  Raises:
+    ValueError: its fingerprint is not the one the generator was trained on.
+  """
+  reference = override or loaded.experiment.tokenizer
+  if reference is None:
+    raise ValueError(f'{loaded.path} names no tokenizer; name one with --tokenizer=RUN.')
+  try:
+    tokenizer = load(reference, plugins=plugins)
+  except FileNotFoundError as error:
+    raise FileNotFoundError(
+        f'The tokenizer of {loaded.path} is not at {reference}; '
+        'where it was moved, say --tokenizer=PATH.') from error
+  if tokenizer.fingerprint != loaded.fingerprint:
+    raise ValueError(
+        f'{loaded.path} was trained on tokenizer {loaded.fingerprint}, and {reference} is '
+        f'{tokenizer.fingerprint}: it was retrained or is another one; '
+        'name the old one with --tokenizer=RUN@STEP.')
+  return tokenizer

@@ -1,0 +1,407 @@
+"""Trains a tokenizer or a generator: `smalti train --config=NAME[:size] --workdir=DIR`.
+
+The same command again resumes. SIGTERM finishes the step, saves and exits with 75.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import smalti
+
+from smalti.data import pipeline
+from smalti.generators.generator import GeneratorConfig
+from smalti.launch import cli, mesh as meshes, optimizer as optimizers, run as runs, state as states
+from smalti.launch import step as steps
+from smalti.launch.checkpoint import Checkpoints
+from smalti.launch.experiment import Experiment
+from smalti.launch.exits import NonFinite, Preempted
+from smalti.launch.progress import Progress, say
+from smalti.launch.serialization import to_json
+from smalti.launch.signals import Preemption, agreed
+from smalti.launch.tracker import Tracker, redact
+
+
+def train(experiment: Experiment, workdir: str | pathlib.Path, *,
+          init_from: str | None = None) -> dict[str, float]:
+  """Runs `experiment` in `workdir` from its newest checkpoint, or from the start.
+
+  Args:
+    init_from: a run whose averaged weights a new run starts from.
+
+  Returns:
+    The last held-out metrics.
+
+  Raises:
+    ValueError: a config that cannot run, or that is not the one of `workdir`.
+    NonFinite: a loss, gradient or statistic was not finite; the state before it is kept.
+    Preempted: SIGTERM or SIGINT; everything is saved.
+  """
+  with Preemption() as preemption:
+    job = Job(experiment, pathlib.Path(workdir), init_from)
+    try:
+      with jax.set_mesh(job.mesh):
+        return loop(job, preemption)
+    finally:
+      job.close()
+
+
+class Job:
+  """What a run needs before its first step: mesh, data, model, state, compiled step."""
+
+  def __init__(self, experiment: Experiment, workdir: pathlib.Path, init_from: str | None):
+    self.experiment, self.workdir = experiment, workdir
+    self.mesh = meshes.make(experiment.mesh)
+    _check_batch(experiment, meshes.batch_devices(self.mesh))
+    options = experiment.checkpoint
+    workdir.mkdir(parents=True, exist_ok=True)
+    self.checkpoints = Checkpoints(
+        workdir / 'checkpoints', keep=options.keep, keep_every=options.keep_every,
+        best=options.best, mode=options.mode)
+    started = self.checkpoints.latest() is not None
+    self.source = experiment.data.open('train')
+    self.held_out = experiment.data.open('eval')
+    self.tokenizer = _tokenizer(experiment)
+    _check_tokens(self.source, self.tokenizer)
+    self.spec = self.tokenizer.spec if self.tokenizer else None
+    for change in runs.open_workdir(workdir, experiment, started=started):
+      say(f'config: {change}')
+    self.build = functools.partial(runs.build, experiment.model, self.spec)
+    self.structure = states.structure(lambda: self.build(_rngs(0)))
+    self.optimizer = optimizers.make(
+        experiment.optimizer, experiment.discriminator, experiment.steps)
+    self.rate = optimizers.schedule(experiment.optimizer, experiment.steps)
+    self.state = self._state(init_from)
+    self.start = int(self.state['step'])
+    self.tracker = Tracker(
+        workdir, wandb=experiment.log.wandb, project=experiment.log.project,
+        config=redact(to_json(experiment)), resume_step=self.start)
+    self.step, self.names = self._compile()
+    self._evaluate = jax.jit(functools.partial(steps.eval_step, structure=self.structure))
+
+  def _state(self, init_from: str | None) -> dict:
+    experiment = self.experiment
+    init = functools.partial(
+        states.init, self.build, self.optimizer, ema=experiment.ema is not None)
+    key = states.stream(experiment.seed, 'init')
+    abstract = jax.eval_shape(init, key)
+    shardings = meshes.shardings(self.mesh, abstract)
+    self.shardings = shardings
+    found = self.checkpoints.restore_newest(jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings))
+    if found:
+      step, state, item = found
+      runs.check_format(item, self.workdir)
+      mark = self.tokenizer.fingerprint if self.tokenizer else None
+      if isinstance(experiment.model, GeneratorConfig) and item.get('fingerprint') != mark:
+        raise ValueError(
+            f'{self.workdir} was trained on tokenizer {item.get("fingerprint")}, and '
+            f'{experiment.tokenizer} is {mark}; name the old one with --config.tokenizer=RUN@STEP.')
+      say(f'resume: step {step}')
+      return state
+    with jax.set_mesh(self.mesh):
+      state = jax.jit(init, out_shardings=shardings)(key)
+      copied = _initialize(state, init_from) if init_from else set()
+      return self._prepare(state, copied)
+
+  def _prepare(self, state: dict, copied: set[str]) -> dict:
+    """Data-dependent initialisation from batch 0, sparing leaves that came from another run."""
+    if not hasattr(self.structure.merge(state['params'], state['buffers']), 'prepare'):
+      return state
+
+    def prepare(params, buffers, batch, key, tokenizer):
+      model = self.structure.merge(params, buffers)
+      model.prepare(steps.inputs(batch, tokenizer), key=key)
+      return self.structure.split(model)
+
+    batch = next(self.batches(0))
+    outputs = self.shardings['params'], self.shardings['buffers']
+    params, buffers = jax.jit(prepare, out_shardings=outputs)(
+        state['params'], state['buffers'], batch, states.stream(self.experiment.seed, 'prepare'),
+        self.tokenizer and self.tokenizer.model)
+    keep = lambda path, old, new: old if _join(path) in copied else new  # noqa: E731
+    params = jax.tree_util.tree_map_with_path(keep, state['params'], params)
+    buffers = jax.tree_util.tree_map_with_path(keep, state['buffers'], buffers)
+    average = jax.tree.map(jnp.copy, params) if state['ema'] else {}
+    return {**state, 'params': params, 'buffers': buffers, 'ema': average}
+
+  def batches(self, start: int) -> Any:
+    """Global arrays of training batches from step `start` on; batch i is a function of i."""
+    experiment = self.experiment
+    for rows in pipeline.batches(
+        self.source, batch_size=experiment.batch_size, seed=experiment.seed, start=start,
+        process=jax.process_index(), processes=jax.process_count(),
+        augment=getattr(experiment.data, 'augment', None)):
+      yield meshes.put(self.mesh, rows)
+
+  def _compile(self) -> tuple[Any, list[str]]:
+    """The compiled step, and the names behind its `finite` flags; prints what it will cost."""
+    experiment = self.experiment
+    step = functools.partial(
+        steps.train_step, structure=self.structure, optimizer=self.optimizer,
+        accumulate=experiment.accumulate, ema=experiment.ema)
+    everywhere = meshes.replicated(self.mesh)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere))
+    key = states.stream(experiment.seed, 'step')
+    tokenizer = self.tokenizer and self.tokenizer.model
+    arguments = self.state, next(self.batches(self.start)), key, tokenizer
+    begin = time.perf_counter()
+    with jax.set_mesh(self.mesh):
+      compiled = jitted.lower(*arguments).compile()
+      _, rows, _, _ = arguments
+      shapes = jax.eval_shape(self._loss, self.state['params'], self.state['buffers'], rows, key,
+                              tokenizer)
+    self.compile_seconds = time.perf_counter() - begin
+    value, aux = shapes
+    names = steps.guarded({'loss': value, **aux['metrics']}, self.state['params'],
+                          aux['statistics'])
+    memory = compiled.memory_analysis()
+    size = lambda tree: sum(  # noqa: E731 - bytes on one device
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree))
+    say(f'{type(experiment.model).__name__}: {states.count(self.state["params"]):,} parameters; '
+        f'per device {_mib(size(self.state["params"]))} parameters, '
+        f'{_mib(size(self.state["optimizer"]))} optimizer, {_mib(size(self.state["ema"]))} ema, '
+        f'{_mib(memory.temp_size_in_bytes)} temporary; compiled in {self.compile_seconds:.1f} s')
+    return functools.partial(_call, compiled, key, tokenizer), names
+
+  def _loss(self, params, buffers, rows, key, tokenizer):
+    return self.structure.merge(params, buffers).loss(
+        steps.inputs(rows, tokenizer), step=jnp.zeros((), jnp.int32), key=key, train=True)
+
+  def evaluate(self) -> dict[str, float]:
+    """Held-out metrics of the averaged weights, each the mean over what its loss counts.
+
+    The last, smaller batch is cut to a multiple of the batch devices; `eval/examples` says how
+    many examples were used.
+    """
+    experiment, sums, total, examples = self.experiment, {}, 0.0, 0
+    key = states.stream(experiment.seed, 'eval')
+    params = self.state['ema'] or self.state['params']
+    size = min(experiment.batch_size, len(self.held_out))
+    count = len(self.held_out) if experiment.eval.batches is None else min(
+        len(self.held_out), experiment.eval.batches * size)
+    devices = meshes.batch_devices(self.mesh)
+    for i, first in enumerate(range(0, count, size)):
+      number = min(size, count - first) // devices * devices
+      if not number:
+        continue
+      share = number // jax.process_count()
+      offset = first + share * jax.process_index()
+      rows = self.held_out.read(np.arange(offset, offset + share))
+      weight, metrics = jax.device_get(self._evaluate(
+          params, self.state['buffers'], meshes.put(self.mesh, rows), jax.random.fold_in(key, i),
+          self.tokenizer and self.tokenizer.model))
+      total, examples = total + weight, examples + number
+      for name, value in metrics.items():
+        sums[name] = sums.get(name, 0.0) + float(value) * weight
+    means = {f'eval/{name}': float(value / total) for name, value in sums.items()}
+    return {**means, 'eval/examples': examples} if total else {}
+
+  def save(self, metrics: dict[str, float]) -> None:
+    """Starts an asynchronous save of the state; the caller has read the step's flags."""
+    item = {
+        'format': runs.FORMAT, 'version': smalti.__version__,
+        'config': redact(to_json(self.experiment)),
+        'spec': (self.spec or _spec(self.structure, self.state)).to_json(),
+        'fingerprint': self.tokenizer.fingerprint if self.tokenizer else None,
+        'metrics': metrics,
+    }
+    self.checkpoints.save(int(self.state['step']), self.state, item, metrics)
+
+  def close(self) -> None:
+    self.checkpoints.close()
+    if hasattr(self, 'tracker'):
+      self.tracker.finish()
+
+
+def loop(job: Job, preemption: Preemption) -> dict[str, float]:
+  """The training loop. Metrics are read one step late, so that the device never waits for us."""
+  experiment, tracker = job.experiment, job.tracker
+  progress = Progress(experiment.steps, 'step', job.start)
+  batches = job.batches(job.start)
+  waited, clock, logged, scores = 0.0, time.perf_counter(), job.start, {}
+  pending = None
+  try:
+    for step in range(job.start + 1, experiment.steps + 1):
+      before = time.perf_counter()
+      batch = next(batches)
+      waited += time.perf_counter() - before
+      job.state, metrics = job.step(job.state, batch)
+      if pending is not None:
+        check(step - 1, pending, job.names)
+      pending = metrics
+      progress.advance()
+      stop = preemption.requested if jax.process_count() == 1 else agreed(preemption.requested)
+      last = step == experiment.steps or stop
+      save = last or step % experiment.checkpoint.every == 0
+      if last or save or step % experiment.log.every == 0 or step == job.start + 1:
+        check(step, metrics, job.names)
+        pending = None
+        values = {k: float(v) for k, v in jax.device_get(metrics).items() if k != 'finite'}
+        now = time.perf_counter()
+        each = (now - clock) / (step - logged)
+        timing = {
+            'rate': float(job.rate(step - 1)), 'seconds/step': each,
+            'examples/second': experiment.batch_size / each,
+            'seconds/data': waited / (step - logged)}
+        if step == job.start + 1:
+          timing['seconds/compile'] = job.compile_seconds
+        tracker.log(step, {**values, **timing})
+        progress.report(step, f'loss {values["loss"]:.4f}  {timing["examples/second"]:.0f} ex/s')
+        waited, clock, logged = 0.0, time.perf_counter(), step
+      tracked = save and experiment.checkpoint.best is not None
+      if step % experiment.eval.every == 0 or (step == experiment.steps) or tracked:
+        scores = job.evaluate()
+        tracker.log(step, scores)
+        say(f'held out, step {step}: ' + '  '.join(
+            f'{k.removeprefix("eval/")} {v:.4f}' for k, v in scores.items()
+            if k != 'eval/examples'))
+        clock = time.perf_counter()
+      if save:
+        job.save(_tracked(experiment, scores))
+        clock = time.perf_counter()
+      if stop:
+        job.checkpoints.wait()
+        raise Preempted(f'Preempted at step {step}, and saved; run the same command to go on.')
+    job.checkpoints.wait()
+    return scores
+  finally:
+    progress.close()
+
+
+def check(step: int, metrics: dict, names: list[str]) -> None:
+  """Stops the run if a step was not finite: the state before it is untouched."""
+  finite = np.asarray(jax.device_get(metrics['finite']))
+  if finite.all():
+    return
+  bad = [name for name, fine in zip(names, finite) if not fine]
+  terms = [name for name in bad if name.startswith('loss term')]
+  shown = terms or bad
+  raise NonFinite(
+      f'Step {step} is not finite in {", ".join(shown[:6])}'
+      f'{f" and {len(shown) - 6} more" if len(shown) > 6 else ""}; the update was not made and the '
+      'last checkpoint is good: lower the rate, or look at the batch of this step.')
+
+
+def _call(compiled: Any, key: jax.Array, tokenizer: Any, state: dict, batch: dict) -> Any:
+  try:
+    return compiled(state, batch, key, tokenizer)
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    raise ValueError(
+        'Out of device memory; raise --config.accumulate or lower --config.batch_size.') from error
+
+
+def _tracked(experiment: Experiment, scores: dict[str, float]) -> dict[str, float]:
+  """The metrics of a checkpoint: on every save or none."""
+  best = experiment.checkpoint.best
+  if best is None:
+    return {}
+  if best not in scores:
+    raise ValueError(
+        f'checkpoint.best={best!r} is not measured; held-out metrics are {", ".join(scores)}.')
+  return scores
+
+
+def _check_batch(experiment: Experiment, devices: int) -> None:
+  unit = devices * experiment.accumulate
+  if experiment.batch_size % unit:
+    nearest = max(unit, round(experiment.batch_size / unit) * unit)
+    raise ValueError(
+        f'batch_size={experiment.batch_size} must be a multiple of batch devices x accumulate = '
+        f'{devices} x {experiment.accumulate}; the nearest is {nearest}.')
+
+
+def _tokenizer(experiment: Experiment) -> runs.Loaded | None:
+  if not isinstance(experiment.model, GeneratorConfig):
+    return None
+  if experiment.tokenizer is None:
+    raise ValueError('A generator needs --config.tokenizer=RUN, the run of a tokenizer.')
+  return runs.load(experiment.tokenizer)
+
+
+def _check_tokens(source: Any, tokenizer: runs.Loaded | None) -> None:
+  mark = getattr(source, 'fingerprint', None)
+  if mark is not None and tokenizer is not None and mark != tokenizer.fingerprint:
+    raise ValueError(
+        f'The stored tokens are of tokenizer {mark}, and the generator names {tokenizer.path} '
+        f'({tokenizer.fingerprint}); tokenize again, or name the tokenizer they were made with.')
+
+
+def _initialize(state: dict, reference: str) -> set[str]:
+  """Copies another run's averaged weights where path and shape agree; says what it did."""
+  loaded = runs.load(reference)
+  structure = states.Structure.of(loaded.model)
+  copied = set()
+  for group, tree in zip(('params', 'buffers'), structure.split(loaded.model)):
+    theirs = states.paths(tree)
+    ours = states.paths(state[group])
+    for path, leaf in ours.items():
+      if path not in theirs:
+        say(f'init_from: missing {path} {leaf.shape}')
+      elif theirs[path].shape != leaf.shape:
+        say(f'init_from: other shape {path} {theirs[path].shape}, here {leaf.shape}')
+      else:
+        node = state[group]
+        *parents, name = path.split('/')
+        for parent in parents:
+          node = node[parent]
+        node[name] = jax.device_put(theirs[path].astype(leaf.dtype), leaf.sharding)
+        copied.add(path)
+        say(f'init_from: copied {path} {leaf.shape}')
+  if state['ema']:
+    state['ema'] = jax.tree.map(jnp.copy, state['params'])
+  return copied
+
+
+def _spec(structure: states.Structure, state: dict) -> Any:
+  return structure.merge(state['params'], state['buffers']).spec
+
+
+def _rngs(seed: int) -> Any:
+  from flax import nnx
+  return nnx.Rngs(seed)
+
+
+def _join(path: Any) -> str:
+  return '/'.join(str(entry.key) for entry in path)
+
+
+def _mib(size: int) -> str:
+  return f'{size / 2**20:.1f} MiB'
+
+
+def define(values: Any) -> None:
+  cli.define_config(values)
+  from absl import flags
+  flags.DEFINE_string('workdir', None, 'The run folder; the same again resumes.',
+                      flag_values=values)
+  flags.DEFINE_string('init_from', None, 'Start a new run from the weights of this run.',
+                      flag_values=values)
+  flags.DEFINE_string('tokenizer', None, 'Where the tokenizer of the config was moved to.',
+                      flag_values=values)
+
+
+def main(values: Any) -> int:
+  if values.workdir is None:
+    raise ValueError('train needs --workdir=DIR, the folder of the run.')
+  meshes.distribute()
+  experiment = values.config
+  if values.tokenizer:
+    experiment = dataclasses.replace(experiment, tokenizer=values.tokenizer)
+  if experiment.deterministic:
+    meshes.deterministic()
+  train(experiment, values.workdir, init_from=values.init_from)
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run('train')
