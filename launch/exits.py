@@ -1,11 +1,21 @@
-"""Exit codes: 0 finished, 2 user error, 3 non-finite, 75 preempted and saved."""
+"""How a verb ends: exit codes, and the two endings that are not a user's mistake.
 
-FINISHED, USER_ERROR, NON_FINITE, PREEMPTED = 0, 2, 3, 75
+Codes are those of the command line: 75 is EX_TEMPFAIL of sysexits.h, which schedulers may requeue.
+"""
+
+FINISHED = 0
+USER_ERROR = 2
+NON_FINITE = 3
+PREEMPTED = 75
 
 
-class NonFinite(ArithmeticError):
-  """A loss, gradient or statistic was not finite; no update was made."""
+class NonFinite(Exception):
+  """A loss or gradient is not finite; the message names step and terms. Exit code 3."""
+
+  code = NON_FINITE
 
 
 class Preempted(Exception):
-  """A signal stopped the run, and everything is saved."""
+  """Stopped by a signal, after saving; the same command resumes. Exit code 75."""
+
+  code = PREEMPTED

@@ -155,8 +155,7 @@ def load(reference: str | os.PathLike, *, weights: str = 'ema',
     ValueError: an unknown format, a damaged file, or a tokenizer that was retrained.
   """
   text = str(reference)
-  path, _, at = text.partition('@') if not os.path.exists(text) else (text, '', '')
-  folder = pathlib.Path(path)
+  folder, at = split_reference(text)
   if folder.suffix == '.safetensors' and folder.is_file():
     from smalti.launch import export
     return export.load(folder, plugins)
@@ -173,6 +172,13 @@ def load(reference: str | os.PathLike, *, weights: str = 'ema',
     return _load_checkpoint(folder, experiment, checkpoints, at, weights)
   finally:
     checkpoints.close()
+
+
+def split_reference(reference: str | os.PathLike) -> tuple[pathlib.Path, str]:
+  """('RUN', 'STEP') of `RUN@STEP`; the step is '' where none is named."""
+  text = str(reference)
+  path, _, at = text.rpartition('@') if '@' in text and not os.path.exists(text) else (text, '', '')
+  return pathlib.Path(path), at
 
 
 def _load_checkpoint(folder: pathlib.Path, experiment: Experiment, checkpoints: Checkpoints,

@@ -82,7 +82,7 @@ def train_step(state: dict, batch: dict, key: jax.Array, tokenizer: Any | None =
             'optimizer': states.to_dict(moments)}
 
   state = jax.lax.cond(jnp.all(finite), update, lambda state: state, state)
-  metrics['gradient_norm'] = optax.global_norm(gradients)
+  metrics['gradient_norm'] = optax.tree.norm(gradients)
   return state, {**metrics, 'finite': finite}
 
 

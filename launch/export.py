@@ -1,0 +1,110 @@
+"""One portable file from a run: `smalti export --workdir=RUN --out=FILE.safetensors`.
+
+The file holds the leaves used (averaged weights and codebooks); its metadata holds the component's
+config, spec and fingerprint. It serves wherever a tokenizer is named.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import smalti
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from smalti.launch import cli, run as runs, serialization, state as states
+from smalti.launch.progress import say
+from smalti.networks.model import ModelConfig
+from smalti.tokenizers.spec import TokenSpec
+
+
+def save(loaded: runs.Loaded, path: pathlib.Path) -> None:
+  """Writes the leaves of a loaded model, `params/...` and `buffers/...`, with its config."""
+  structure = states.Structure.of(loaded.model)
+  params, buffers = structure.split(loaded.model)
+  leaves = {k: np.asarray(v) for k, v in states.paths(
+      {'params': params, 'buffers': buffers}).items()}
+  metadata = {
+      'format': str(runs.FORMAT), 'version': smalti.__version__,
+      'config': json.dumps(serialization.to_json(loaded.config)), 'spec': loaded.spec.to_json(),
+      'fingerprint': loaded.fingerprint, 'step': str(loaded.step), 'weights': loaded.weights}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix('.tmp')
+  save_file(leaves, temporary, metadata)
+  temporary.replace(path)
+
+
+def load(path: pathlib.Path, plugins: tuple[str, ...] = ()) -> runs.Loaded:
+  """Reads what `save` wrote and checks every leaf against the config, and the fingerprint.
+
+  Raises:
+    ValueError: damaged, of another format, or not a file of smalti.
+  """
+  try:
+    with safe_open(path, 'numpy') as file:
+      metadata = file.metadata() or {}
+      leaves = {name: file.get_tensor(name) for name in file.keys()}
+  except (SafetensorError, OSError) as error:
+    raise ValueError(f'{path} cannot be read ({error}); export it again.') from error
+  if 'config' not in metadata:
+    raise ValueError(f'{path} is not a file of smalti: it holds no config; export one with '
+                     'smalti export.')
+  runs.check_format({**metadata, 'format': int(metadata['format'])}, path)
+  config = serialization.from_json(json.loads(metadata['config']), ModelConfig, plugins)
+  spec = TokenSpec.from_json(metadata['spec'])
+  shape = nnx.eval_shape(lambda: runs.build(config, spec, nnx.Rngs(0)))
+  structure = states.Structure.of(shape)
+  target = dict(zip(('params', 'buffers'), structure.split(shape)))
+  expected = states.paths(target)
+  for name in expected.keys() ^ leaves.keys():
+    raise ValueError(f'{path}: leaf {name} is missing or unknown; export it again.')
+  for name, leaf in expected.items():
+    if leaves[name].shape != leaf.shape or leaves[name].dtype != leaf.dtype:
+      raise ValueError(f'{path}: {name} is {leaves[name].dtype}{leaves[name].shape}, and its config '
+                       f'says {leaf.dtype}{leaf.shape}; export it again.')
+  tree = states.from_dict(target, _nested(leaves))
+  model = structure.merge(tree['params'], tree['buffers'])
+  mark = metadata['fingerprint']
+  if hasattr(model, 'encode'):
+    mark = runs.fingerprint(config, model.spec, tree['params'], tree['buffers'])
+    if mark != metadata['fingerprint']:
+      raise ValueError(f'{path} is damaged: its leaves have fingerprint {mark}, and it was written '
+                       f'with {metadata["fingerprint"]}; export it again.')
+  return runs.Loaded(model, config, spec, mark, None, int(metadata['step']), path,
+                     metadata['weights'])
+
+
+def _nested(leaves: dict[str, np.ndarray]) -> dict:
+  tree: dict = {}
+  for path, leaf in leaves.items():
+    node = tree
+    *parents, name = path.split('/')
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = jnp.asarray(leaf)
+  return tree
+
+
+def define(values: Any) -> None:
+  from absl import flags
+  flags.DEFINE_string('workdir', None, 'The run, or RUN@STEP.', flag_values=values)
+  flags.DEFINE_string('out', None, 'The file, ending in .safetensors.', flag_values=values)
+  flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'Averaged or last weights.',
+                    flag_values=values)
+
+
+def main(values: Any) -> int:
+  if values.workdir is None or not (values.out or '').endswith('.safetensors'):
+    raise ValueError('export needs --workdir=RUN and --out=FILE.safetensors.')
+  loaded = runs.load(values.workdir, weights=values.weights)
+  save(loaded, pathlib.Path(values.out))
+  say(f'{type(loaded.config).__name__}, step {loaded.step}, {loaded.weights} weights, '
+      f'fingerprint {loaded.fingerprint}: {values.out}')
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run('export')

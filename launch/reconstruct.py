@@ -1,0 +1,73 @@
+"""Inputs above reconstructions: `smalti reconstruct --workdir=TOKENIZER --n=64`.
+
+Writes `reconstructions/stepS.png`, for every budget the decoder was trained for.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from smalti.evaluation.reconstruction import psnr
+from smalti.launch import cli, pictures, run as runs
+from smalti.launch.progress import say
+from smalti.networks.pixels import to_float, to_uint8
+from smalti.tokenizers.tokenizer import decode, encode
+
+
+def reconstruct(tokenizer: runs.Loaded, images: np.ndarray, *, batch_size: int = 256,
+                keep: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+  """(reconstructions uint8 like `images`, tokens int32[n, N, D]) of uint8 images."""
+  parts = []
+  for first in range(0, len(images), batch_size):
+    part = images[first:first + batch_size]
+    tokens = encode(tokenizer.model, to_float(jnp.asarray(part)))
+    keeps = None if keep is None else jnp.full(len(part), keep, jnp.int32)
+    parts.append((np.asarray(to_uint8(decode(tokenizer.model, tokens, keep=keeps))),
+                  np.asarray(tokens)))
+  return tuple(np.concatenate(part) for part in zip(*parts))
+
+
+def pairs(images: np.ndarray, reconstructions: np.ndarray, columns: int) -> np.ndarray:
+  """Rows of inputs, each above the row of their reconstructions."""
+  rows = []
+  for first in range(0, len(images), columns):
+    rows += [*images[first:first + columns], *reconstructions[first:first + columns]]
+  return np.stack(rows)
+
+
+def define(values: Any) -> None:
+  from absl import flags
+  flags.DEFINE_string('workdir', None, 'The run folder of a tokenizer.', flag_values=values)
+  flags.DEFINE_integer('n', 64, 'How many held-out examples.', flag_values=values)
+  flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'Averaged or last weights.',
+                    flag_values=values)
+
+
+def main(values: Any) -> int:
+  if values.workdir is None:
+    raise ValueError('reconstruct needs --workdir=DIR, the run of a tokenizer.')
+  if values.n < 1:
+    raise ValueError(f'n={values.n} must be 1 or more.')
+  tokenizer = runs.load(values.workdir, weights=values.weights)
+  if not hasattr(tokenizer.model, 'encode'):
+    raise ValueError(f'{values.workdir} is a generator; reconstruct with its tokenizer.')
+  source = tokenizer.experiment.data.open('eval')
+  count = min(values.n, len(source))
+  images = source.read(np.arange(count))['image']
+  columns = min(16, count)
+  count -= count % columns
+  folder = runs.split_reference(values.workdir)[0] / 'reconstructions'
+  folder.mkdir(parents=True, exist_ok=True)
+  for keep in tokenizer.spec.budgets or (None,):
+    result, _ = reconstruct(tokenizer, images, keep=keep)
+    name = f'step{tokenizer.step}' + ('' if keep is None else f'_keep{keep}')
+    pictures.save_grid(folder / f'{name}.png', pairs(images[:count], result[:count], columns),
+                       columns=columns)
+    say(f'PSNR {float(np.mean(psnr(images, result))):.2f} dB over {len(images)} held-out examples: '
+        f'{folder / name}.png')
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run('reconstruct')
