@@ -1,0 +1,50 @@
+"""LlamaGen's VQ-16 tokenizer of ImageNet at 256 px (arXiv 2406.06525), without its GAN.
+
+  smalti train --config=imagenet256_llamagen_tokenizer --workdir=DIR --config.data.folder=TFDS_DIR
+
+Reconstruction and codebook terms only: PatchGAN and LPIPS, which the published run adds, are not
+part of this config.
+"""
+
+from smalti.data.catalogue import TFDSConfig
+from smalti.launch.experiment import (
+    CheckpointConfig,
+    EvalConfig,
+    Experiment,
+    MeshConfig,
+    OptimizerConfig,
+    Published,
+)
+from smalti.tokenizers.autoencoder import AutoencoderConfig
+from smalti.tokenizers.projected import ProjectedConfig
+from smalti.tokenizers.vq import VQConfig
+
+SIZES = {
+    'debug': dict(image=32, width=16, multipliers=(1, 2), blocks=1, codes=64, batch_size=8, steps=2,
+                  published=None, dim=16),
+    'base': dict(image=256, width=128, multipliers=(1, 1, 2, 2, 4), blocks=2, codes=16384,
+                 batch_size=128, steps=400_000, published=71.9e6, dim=256),
+}
+
+
+def get_config(size: str = 'base') -> Experiment:
+  options = SIZES[size]
+  return Experiment(
+      model=AutoencoderConfig(
+          image_size=options['image'], channels=3, width=options['width'],
+          multipliers=options['multipliers'], blocks=options['blocks'], attention=(16,),
+          quantizer=ProjectedConfig(
+              dim=options['dim'],
+              quantizer=VQConfig(codes=options['codes'], dim=8, cosine=True, update='gradient')),
+          dtype='bfloat16'),
+      data=TFDSConfig(name='imagenet2012', size=options['image']),
+      steps=options['steps'],
+      batch_size=options['batch_size'],
+      optimizer=OptimizerConfig(rate=1e-4, schedule='constant', weight_decay=0.05, betas=(0.9, 0.95)),
+      ema=0.9999,
+      mesh=MeshConfig(data=-1),
+      checkpoint=CheckpointConfig(every=5000, best='eval/mse'),
+      eval=EvalConfig(every=5000, batches=40),
+      published=Published(
+          parameters=options['published'], tolerance=0.05e6,
+          source='count of the official constructor; paper and README say 72M'))

@@ -1,0 +1,109 @@
+"""Every config: each size builds abstractly with its published count; `debug` trains two steps."""
+
+import dataclasses
+import importlib
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from smalti.generators.generator import GeneratorConfig
+from smalti.launch import mesh as meshes, run as runs, serialization, state as states
+from smalti.launch.train import train
+
+NAMES = sorted(p.stem for p in (pathlib.Path(__file__).parents[2] / 'configs').glob('*.py'))
+SIZES = [(name, size) for name in NAMES
+         for size in importlib.import_module(f'smalti.configs.{name}').SIZES]
+
+
+def config(name, size):
+  return importlib.import_module(f'smalti.configs.{name}').get_config(size)
+
+
+@pytest.mark.parametrize('name, size', SIZES)
+def test_every_size_builds_with_its_published_count(name, size):
+  experiment = config(name, size)
+  published = experiment.published
+  assert published.source, 'say where the count is from, or why there is none'
+  if isinstance(experiment.model, GeneratorConfig):
+    assert published.spec is not None, 'a generator states the tokens of its published tokenizer'
+  model = nnx.eval_shape(lambda: runs.build(experiment.model, published.spec, nnx.Rngs(0)))
+  params, buffers = states.Structure.of(model).split(model)
+  # a codebook learned by averages counts as it does where gradients learn it
+  books = sum(leaf.size for path, leaf in states.paths(buffers).items()
+              if path.endswith(('codebook', 'embedding')))
+  total = states.count(params) + books
+  print(f'{name}:{size} {total:,} parameters')
+  if published.parameters is not None:
+    assert abs(total - published.parameters) <= published.tolerance, f'{total:,}'
+  else:
+    assert not published.tolerance
+  serialization.check(experiment)
+  text = serialization.to_json(experiment)
+  assert serialization.to_json(serialization.from_json(text, type(experiment))) == text
+
+
+def test_every_sharding_rule_matches_a_parameter_of_some_config():
+  unused = set(range(len(meshes.RULES)))
+  for name, size in SIZES:
+    experiment = config(name, size)
+    model = nnx.eval_shape(
+        lambda e=experiment: runs.build(e.model, e.published.spec, nnx.Rngs(0)))
+    for tree in states.Structure.of(model).split(model):
+      for path in states.paths(tree):
+        axes = meshes.rule(path)
+        assert axes is not None, f'no rule matches {path}'
+        unused -= {i for i, (_, a) in enumerate(meshes.RULES)
+                   if a is axes and meshes.RULES[i][1] == axes and _first(path) == i}
+  assert not unused, [meshes.RULES[i][0] for i in unused]
+
+
+def _first(path):
+  import re
+  return next(i for i, (p, _) in enumerate(meshes.RULES) if re.search(rf'(^|/){p}$', path))
+
+
+@pytest.fixture(scope='session')
+def tokenizer_run(tmp_path_factory):
+  """A trained `digits_vq:debug`, for the generators' configs to stand on."""
+  workdir = tmp_path_factory.mktemp('tokenizer')
+  train(on_one_device(config('digits_vq', 'debug')), workdir)
+  return workdir
+
+
+def on_one_device(experiment):
+  # eight simulated devices would take eight times the compile time; sharding has its own tests
+  return dataclasses.replace(
+      experiment, batch_size=8, mesh=dataclasses.replace(experiment.mesh, data=8))
+
+
+@pytest.fixture(scope='session')
+def pictures(tmp_path_factory):
+  """A folder of small random photographs, for the configs that read images from elsewhere."""
+  from PIL import Image
+  folder = tmp_path_factory.mktemp('pictures')
+  rng = np.random.default_rng(0)
+  for i in range(24):
+    (folder / f'class{i % 3}').mkdir(exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(
+        folder / f'class{i % 3}' / f'{i}.png')
+  return folder
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_debug_trains_two_steps(name, tokenizer_run, pictures, tmp_path):
+  from smalti.data.folder import FolderConfig
+  from smalti.data.digits import DigitsConfig
+  experiment = on_one_device(config(name, 'debug'))
+  if not isinstance(experiment.data, DigitsConfig):
+    # the data sets of published configs are not here: the same shapes from a folder
+    experiment.data = FolderConfig(path=str(pictures), size=experiment.data.size)
+  if isinstance(experiment.model, GeneratorConfig):
+    experiment.tokenizer = str(tokenizer_run)
+    if not isinstance(experiment.data, DigitsConfig):
+      experiment.data = DigitsConfig()
+  scores = train(experiment, tmp_path / 'run')
+  assert np.isfinite(scores['eval/loss'])
+  assert jax.tree.leaves(runs.load(tmp_path / 'run').model)
