@@ -195,8 +195,8 @@ def _node_to_json(value: Any, annotation: Any, path: str) -> dict[str, Any]:
 
 _CHECK = _Walk(_node_checked, tuple, tuple)
 _WRITE = _Walk(_node_to_json, tuple, list)
-_SINGULAR = {int: 'a whole number', float: 'a finite number', bool: 'true or false', str: 'a string',
-             object: 'a config'}
+_SINGULAR = {int: 'a whole number', float: 'a finite number', bool: 'true or false',
+             str: 'a string', object: 'a config'}
 _PLURAL = {int: 'whole numbers', float: 'finite numbers', bool: 'truth values', str: 'strings'}
 
 

@@ -1,0 +1,460 @@
+"""The command line: `smalti VERB --name=value ...`, each verb also `python -m smalti.launch.VERB`.
+
+A verb is a module with `define(values)`, which adds its flags, and `main(values)`, which returns an
+exit code. Flags live in the call, so that many commands can run in one process. This is the only
+front of `ml_collections.config_flags`, which reads the text of every override by annotation; what
+it lacks is added here: packaged names, nearest names, `none`, Literals, frozen nodes.
+"""
+
+import copy
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import pathlib
+import re
+import sys
+import sysconfig
+import traceback
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from absl import flags
+from ml_collections import config_flags
+
+import smalti
+from smalti.launch import exits, serialization
+
+VERBS = {
+    'train': 'train a tokenizer or a generator from one config; the same command resumes',
+    'sample': 'draw from a trained generator: a grid of images and an .npz',
+    'reconstruct': 'inputs above what the tokenizer makes of them',
+    'data': 'what is in a folder of images: counts, refusals, duplicates, split',
+    'tokenize': 'a data set to sharded token files',
+    'evaluate': 'score a run, or a file of samples, with all that repeats the score',
+    'report': 'a run as one page of HTML that opens from disk',
+    'export': 'the averaged weights of a run as one file',
+    'bench': 'time our parts, peers beside them where installed',
+    'demo': 'the whole path on embedded real data, in minutes',
+}
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_CONFIGS = _ROOT / 'configs'
+_FOLDERS = tuple(str(_ROOT / folder) + os.sep for folder in (
+    'configs', 'data', 'evaluation', 'generators', 'launch', 'networks', 'tokenizers'))
+_STDLIB = sysconfig.get_paths()['stdlib'] + os.sep
+
+# The text of a Literal passes as it is; membership is checked with all other annotations.
+config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
+
+
+# Running verbs.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command and returns its exit code; mistakes of the user are one line on stderr."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    return _main(argv)
+  except (exits.NonFinite, exits.Preempted) as error:
+    _complain(error)
+    return exits.NON_FINITE if isinstance(error, exits.NonFinite) else exits.PREEMPTED
+  except Exception as error:
+    if os.environ.get('SMALTI_TRACEBACK') == '1' or not _by_user(error):
+      raise
+    _complain(error)
+    return exits.USER_ERROR
+
+
+def run(verb: str, argv: Sequence[str] | None = None) -> None:
+  """What `python -m smalti.launch.VERB` does: `main`, then exit with its code."""
+  sys.exit(main([verb, *(sys.argv[1:] if argv is None else argv)]))
+
+
+def _main(argv: list[str]) -> int:
+  if not argv or argv[0] in ('--help', '-h', 'help'):
+    print(_usage())
+    return exits.FINISHED
+  if argv[0] == '--version':
+    print(f'smalti {smalti.__version__}')
+    return exits.FINISHED
+  verb, *arguments = argv
+  if verb not in VERBS:
+    raise ValueError(f'unknown verb {verb!r}; {serialization.suggest(verb, VERBS)}')
+  module = importlib.import_module(f'smalti.launch.{verb}')
+  values = flags.FlagValues()
+  values.set_gnu_getopt(True)  # flags may follow the choice of `define_choice`
+  _define_common(values)
+  module.define(values)
+  if any(a in ('--help', '-h', '-help') for a in arguments):
+    print(_help(verb, module, values, arguments))
+    return exits.FINISHED
+  _parse(verb, values, arguments)
+  if values.compilation_cache:
+    import jax
+    jax.config.update('jax_compilation_cache_dir', values.compilation_cache)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  return module.main(values) or exits.FINISHED
+
+
+def _define_common(values: flags.FlagValues) -> None:
+  flags.DEFINE_multi_string(
+      'plugin', [], 'A module outside smalti whose configs may be named; may be repeated.',
+      flag_values=values)
+  flags.DEFINE_string(
+      'compilation_cache', None, 'A folder that keeps compiled programs between processes; '
+      'default JAX_COMPILATION_CACHE_DIR.', flag_values=values)
+
+
+def _parse(verb: str, values: flags.FlagValues, arguments: list[str]) -> None:
+  """Parses into `values`: plain flags by absl, then the dotted ones."""
+  overrides: dict[str, list[tuple[str, str]]] = {}
+  for tree in ('config', 'settings'):
+    if tree in values:
+      arguments, overrides[tree] = _split(arguments, tree)
+  try:
+    _, *rest = values([f'smalti {verb}', *arguments])
+  except flags.UnrecognizedFlagError as error:
+    if '.' in error.flagname:
+      raise ValueError(f'{verb} takes no --{error.flagname}, only the options of '
+                       f'`smalti {verb} --help`.') from error
+    hint = serialization.suggest(error.flagname, values)
+    raise ValueError(f'{verb} has no option --{error.flagname}; {hint}') from error
+  choices = [f for f in values.flags_by_module_dict().get(_CHOICE, ())]
+  if choices and rest:
+    choices[0].parse(rest.pop(0))
+  if rest:
+    raise ValueError(f'{verb} does not know what to do with {rest[0]!r}; '
+                     'options are written --name=value.')
+  for plugin in values.plugin:
+    _import_plugin(plugin)
+  if 'settings' in values:
+    if values.settings is not None:
+      raise ValueError('--settings stands for no value; name one, as in --settings.steps=12.')
+    values['settings'].value = dict(overrides['settings'])
+  if 'config' in values:
+    if values.config is not None:
+      values['config'].value = load_config(values.config, overrides['config'], values.plugin)
+    elif values['config'].required or overrides['config']:
+      raise ValueError(f'{verb} needs --config=NAME[:size] or a path to a .py or .json; '
+                       f'packaged are {", ".join(packaged())}.')
+
+
+def _split(arguments: list[str], tree: str) -> tuple[list[str], list[tuple[str, str]]]:
+  """Takes `--tree.path=text` (or `--tree.path text`, `--notree.flag`) out of the arguments."""
+  rest, overrides = [], []
+  queue = list(arguments)
+  while queue:
+    argument = queue.pop(0)
+    match = re.fullmatch(rf'--?(no)?{tree}\.([^=]*)(?:=(.*))?', argument, re.DOTALL)
+    if not match:
+      rest.append(argument)
+      continue
+    negated, path, text = match.groups()
+    if text is None and not negated and queue and not queue[0].startswith('--'):
+      text = queue.pop(0)
+    overrides.append((path, text if text is not None else 'false' if negated else 'true'))
+  return rest, overrides
+
+
+def _import_plugin(name: str) -> None:
+  try:
+    importlib.import_module(name)
+  except (ModuleNotFoundError, TypeError, ValueError) as error:
+    missing = getattr(error, 'name', None) or name
+    if not (name == missing or name.startswith(missing + '.')):
+      raise  # the plugin exists and misses something of its own
+    raise ValueError(f'--plugin={name} is no importable module; is its folder on '
+                     'PYTHONPATH?') from error
+
+
+# What verbs call.
+
+
+class _ConfigFlag(flags.Flag):
+  """`--config`: its text while absl parses, the resolved tree after."""
+  required = True
+
+
+_CHOICE = 'choice'
+
+
+def define_config(values: flags.FlagValues, *, required: bool = True) -> None:
+  """Adds `--config=NAME[:size]` with `--config.path=value`; `values.config` is the experiment."""
+  flag = _ConfigFlag(
+      flags.ArgumentParser(), flags.ArgumentSerializer(), 'config', None,
+      "A packaged config's name or a path to a .py or .json, with :size; "
+      '--config.optimizer.rate=3e-4 overrides a field, none switches an optional one off.')
+  flag.required = required
+  flags.DEFINE_flag(flag, values)
+
+
+def define_settings(values: flags.FlagValues) -> None:
+  """Adds `--settings.name=value`; `values.settings` is a dict of texts for `apply_settings`."""
+  flags.DEFINE_string(
+      'settings', None, 'Sampling settings: --settings.steps=12 --settings.temperature=0.9.',
+      flag_values=values)
+
+
+def define_choice(values: flags.FlagValues, name: str, choices: Sequence[str], help: str) -> None:
+  """Adds an argument without dashes, as in `smalti bench quantizers`; None where it is missing."""
+  flags.DEFINE_enum(name, None, list(choices), help, flag_values=values, module_name=_CHOICE)
+
+
+def apply_settings(settings: Any, overrides: dict[str, str]) -> Any:
+  """The settings with overrides, read by annotation: floats coerced, unknown names refused."""
+  for name, text in overrides.items():
+    settings = override(settings, name, text, tree='settings')
+  return settings
+
+
+def packaged() -> list[str]:
+  """Names of the configs that come with smalti."""
+  return sorted(p.stem for p in _CONFIGS.glob('*.py') if not p.stem.startswith('_'))
+
+
+def load_config(name: str, overrides: Iterable[tuple[str, str]] = (),
+                plugins: Sequence[str] = ()) -> Any:
+  """The experiment of NAME[:size], a .py or a .json, with overrides in order, checked.
+
+  Raises:
+    ValueError: an unknown config, size or field, or a value that breaks its annotation.
+    FileNotFoundError: a path that leads nowhere.
+  """
+  from smalti.launch.experiment import Experiment
+  config = copy.deepcopy(_load(name, Experiment, plugins))  # files may hand out shared objects
+  if not isinstance(config, Experiment):
+    raise ValueError(f'{name}: get_config must return an Experiment, got a '
+                     f'{type(config).__name__}.')
+  for path, text in overrides:
+    config = override(config, path, text)
+  serialization.check(config)
+  return config
+
+
+def override(config: Any, path: str, text: str, *, tree: str = 'config') -> Any:
+  """A copy of `config` with the field at the dotted `path` read from `text`.
+
+  Raises:
+    ValueError: no such field, with the nearest one; or text that is none of its annotation.
+  """
+  return _override(copy.deepcopy(config), path.split('.'), text, f'{tree}.{path}', config)
+
+
+# Loading and overriding configs.
+
+
+def _load(name: str, base: type, plugins: Sequence[str]) -> Any:
+  name, size = (name, '') if os.path.exists(name) else name.partition(':')[::2]
+  path = pathlib.Path(name)
+  if path.suffix not in ('.py', '.json'):
+    if name not in packaged():
+      raise ValueError(f'unknown config {name!r}; {serialization.suggest(name, packaged())}')
+    return _call(importlib.import_module(f'smalti.configs.{name}'), name, size)
+  if not path.is_file():
+    raise FileNotFoundError(f'no config at {name}; packaged are {", ".join(packaged())}.')
+  if path.suffix == '.py':
+    loader = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
+    module = importlib.util.module_from_spec(loader)
+    loader.loader.exec_module(module)
+    return _call(module, name, size)
+  if size:
+    raise ValueError(f'{name}:{size} names a size, but the JSON of a config has one size only.')
+  try:
+    data = json.loads(path.read_text(encoding='utf-8'))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{name} is not JSON: {error}.') from error
+  if isinstance(data, dict) and 'experiment' in data:  # the config.json of a run
+    from smalti.launch import run as runs
+    runs.check_format(data, name)
+    data = data['experiment']
+  return serialization.from_json(data, base, plugins)
+
+
+def _call(module: Any, name: str, size: str) -> Any:
+  """`get_config(size)` of a config module, for a size it knows."""
+  if not callable(getattr(module, 'get_config', None)):
+    raise ValueError(f'{name} has no get_config(size) that returns an Experiment.')
+  if not size:
+    return module.get_config()
+  sizes = getattr(module, 'SIZES', None)
+  if sizes is None and inspect.signature(module.get_config).parameters:
+    return module.get_config(size)  # a file that knows its sizes by other means
+  if size not in (sizes or ()):
+    raise ValueError(f'{name} has no size {size!r}; known are {", ".join(sizes or ("none",))}.')
+  return module.get_config(size)
+
+
+def _override(node: Any, parts: list[str], text: str, path: str, root: Any) -> Any:
+  """Sets one field below `node` and returns the node, rebuilt where it is frozen."""
+  match = re.fullmatch(r'(\w*)(?:\[(\d+)\])?', parts[0])
+  name, index = match.groups() if match else (parts[0], None)
+  if name not in {f.name for f in dataclasses.fields(node)}:
+    raise ValueError(f'--{path}: {type(node).__name__} has no field {name!r}; '
+                     f'{_nearest(path.partition(".")[2], node, root)}')
+  annotation = serialization.annotations(type(node))[name]
+  old = getattr(node, name)
+  if index is not None:
+    if not isinstance(old, tuple) or int(index) >= len(old) or len(parts) == 1:
+      raise ValueError(f'--{path}: [{index}] must lead to a field of an entry of a tuple; give '
+                       f'tuples as a whole, as in --{path.split("[")[0]}=(1,2).')
+    entry = old[int(index)]
+    new = (*old[:int(index)], _descend(entry, parts, text, path, root), *old[int(index) + 1:])
+  elif len(parts) > 1:
+    new = _descend(old, parts, text, path, root)
+  else:
+    new = _read(annotation, text, old, path)
+  if type(node).__dataclass_params__.frozen:
+    return dataclasses.replace(node, **{name: new})
+  setattr(node, name, new)
+  return node
+
+
+def _descend(node: Any, parts: list[str], text: str, path: str, root: Any) -> Any:
+  above = path[:len(path) - len('.'.join(parts[1:])) - 1]
+  if node is None:
+    raise ValueError(f'--{path}: {above} is none; put --{above}=build before it, or choose a size '
+                     'that has one.')
+  if not dataclasses.is_dataclass(node):
+    raise ValueError(f'--{path}: {above} is {node!r}, which has no fields.')
+  return _override(node, parts[1:], text, path, root)
+
+
+def _read(annotation: Any, text: str, old: Any, path: str) -> Any:
+  """The text as a value of the annotation, by config_flags where it has a parser."""
+  inner, optional = serialization.unwrap(annotation)
+  if optional and text.lower() == 'none':
+    return None
+  if inner is object or dataclasses.is_dataclass(inner) and (
+      text != 'build' or old is not None or inner.__subclasses__()):
+    raise ValueError(
+        f'--{path}={text}: which config stands there is chosen by size or file; override its '
+        f'fields{", or say none" if optional else ""}.')
+  elements = typing.get_args(inner) if typing.get_origin(inner) is tuple else ()
+  if elements and elements[0] not in (int, float, bool) and text[:1] not in ('(', '['):
+    # config_flags takes a,b for one string
+    value: Any = tuple(part.strip() for part in text.split(',') if part.strip())
+  else:
+    field = dataclasses.make_dataclass('Field', [('value', annotation)])
+    values = flags.FlagValues()
+    argument = f'--field.value={text}'
+    try:
+      config_flags.DEFINE_config_dataclass(
+          'field', field(None), flag_values=values, sys_argv=[argument])
+      values(['smalti', argument])
+    except (flags.Error, ValueError, TypeError, SyntaxError) as error:
+      raise ValueError(f'{path} must be {serialization.describe(annotation)}, '
+                       f'got {text!r}.') from error
+    value = values['field'].value.value
+  return serialization.conform(value, annotation, path)
+
+
+def _paths(node: Any, path: str = '') -> list[str]:
+  """Dotted paths of all fields below a node."""
+  found = []
+  for field in dataclasses.fields(node):
+    here, value = serialization.join(path, field.name), getattr(node, field.name)
+    found.append(here)
+    entries = {here: value} if not isinstance(value, tuple) else {
+        f'{here}[{i}]': entry for i, entry in enumerate(value)}
+    for at, entry in entries.items():
+      if dataclasses.is_dataclass(entry):
+        found += _paths(entry, at)
+  return found
+
+
+def _nearest(path: str, node: Any, root: Any) -> str:
+  """The field that was meant: the nearest path, else one that ends alike, else those here."""
+  known = _paths(root)
+  if difflib.get_close_matches(path, known, n=1):
+    return serialization.suggest(path, known)
+  last = path.rpartition('.')[2]
+  alike = [k for k in known if k.rpartition('.')[2] == last]
+  if alike:
+    return f'did you mean {alike[0]!r}?'
+  return serialization.suggest(last, [f.name for f in dataclasses.fields(node)])
+
+
+# Help and errors.
+
+
+def _usage() -> str:
+  width = max(map(len, VERBS))
+  lines = [f'  {verb:{width}}  {text}' for verb, text in VERBS.items()]
+  return '\n'.join([
+      'smalti VERB --name=value ...', '', *lines, '', '`smalti VERB --help` lists its options.'])
+
+
+def _help(verb: str, module: Any, values: flags.FlagValues, arguments: list[str]) -> str:
+  lines = [inspect.cleandoc(module.__doc__ or ''), '', 'Options:']
+  for name in sorted(values, key=lambda name: (name in ('plugin', 'compilation_cache'), name)):
+    flag = values[name]
+    default = '' if flag.default in (None, []) else f' [{flag.default}]'
+    dashes = '' if name in _choices(values) else '--'
+    lines.append(f'  {dashes}{name}: {" ".join(flag.help.split())}{default}')
+  if 'config' in values:
+    arguments = [a for a in arguments if a not in ('--help', '-h', '-help')]
+    name = next((a.partition('=')[2] for a in arguments if re.match('--?config=', a)), None)
+    lines += ['', f'Packaged configs: {", ".join(packaged())}']
+    if name:
+      _parse(verb, values, arguments)
+      lines += ['', f'Fields of {name}:', *_fields(values.config)]
+  return '\n'.join(lines)
+
+
+def _fields(node: Any, path: str = 'config') -> list[str]:
+  """One line per field: its path, value, and what the class says about it."""
+  lines, docs = [], _docs(type(node))
+  for field in dataclasses.fields(node):
+    here, value = f'{path}.{field.name}', getattr(node, field.name)
+    if dataclasses.is_dataclass(value):
+      lines.append(f'  --{here}: {type(value).__name__}')
+      lines += _fields(value, here)
+    else:
+      shown = 'none' if value is None else value
+      lines.append(f'  --{here}={shown}  {docs.get(field.name, "")}'.rstrip())
+  return lines
+
+
+def _docs(cls: type) -> dict[str, str]:
+  """The `Attributes:` (or `Args:`) of a class docstring: `name, name: text`."""
+  _, _, section = re.sub(r'(?m)^Args:', 'Attributes:', inspect.getdoc(cls) or '').partition(
+      'Attributes:\n')
+  docs = {}
+  for names, text in re.findall(r'(?m)^  ([a-z_][\w, ]*): ((?:.|\n(?:    |\s*$))*)', section):
+    docs |= {name.strip(): ' '.join(text.split()) for name in names.split(',')}
+  return docs
+
+
+def _choices(values: flags.FlagValues) -> list[str]:
+  return [flag.name for flag in values.flags_by_module_dict().get(_CHOICE, ())]
+
+
+def _complain(error: BaseException) -> None:
+  if isinstance(error, OSError) and error.errno is not None:
+    text = f'{error.filename}: {error.strerror}' if error.filename else str(error.strerror)
+  else:
+    text = str(error) or type(error).__name__
+  print(f'smalti: {" ".join(text.split())}', file=sys.stderr, flush=True)
+
+
+_MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
+             PermissionError)
+
+
+def _by_user(error: Exception) -> bool:
+  """Whether our own code, or flag parsing, refused something that a user can put right."""
+  if isinstance(error, flags.Error):
+    return True
+  if not isinstance(error, _MISTAKES):
+    return False
+  files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+  while isinstance(error, OSError) and files and (
+      files[-1].startswith(_STDLIB) and 'site-packages' not in files[-1]
+      or files[-1].startswith('<frozen')):
+    files.pop()  # pathlib and shutil stand between our call and the system's answer
+  return bool(files) and os.path.realpath(files[-1]).startswith(_FOLDERS)
