@@ -1,0 +1,134 @@
+"""Score: a number with everything that is needed to make it again, and `scores.json`.
+
+No field has a default: a score cannot be built, nor written, without saying how it was made.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+from typing import Any
+
+from smalti.evaluation.files import whole
+
+FORMAT = 1
+INCEPTION = '6726825d'  # the hash of pt_inception-2015-12-05-6726825d.pth begins so
+RESERVED = ('fid', 'sfid', 'is', 'kid', 'lpips', 'cmmd')  # names of measures with published weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+  """One number, and how it was made; None where a field does not apply, said explicitly.
+
+  Attributes:
+    name: of the measure, such as 'fd_digits_mlp64_1a2b3c4d' or 'psnr'.
+    value: finite.
+    unit: 'bits per token', 'dB', 'share', or '' for none.
+    higher_is_better: True, False, or None where neither is.
+    samples: how many examples were scored.
+    seeds: of the samples; () where nothing was drawn.
+    settings: of the sampler; {} where nothing was sampled.
+    weights: 'ema' or 'raw' or 'none'; which weights of the model were used.
+    model: fingerprint, run folder and step, or whatever names the model.
+    extractor: name of the feature extractor.
+    sha256: its hash, full.
+    resize: how images reached the extractor's size.
+    uint8: how floats became uint8: 'round' is clip(rint(127.5 (x + 1)), 0, 255).
+    reference: what it was compared with, with its hash or fingerprint.
+    reference_samples: how many examples that is.
+    versions: of smalti, Python and the libraries that computed it; see `versions`.
+    beside: numbers without which the value misleads: the floor between real halves, the accuracy of
+      the judge, the count of tokens.
+  """
+  name: str
+  value: float
+  unit: str
+  higher_is_better: bool | None
+  samples: int
+  seeds: tuple[int, ...]
+  settings: dict[str, Any]
+  weights: str
+  model: str
+  extractor: str | None
+  sha256: str | None
+  resize: str | None
+  uint8: str | None
+  reference: str | None
+  reference_samples: int | None
+  versions: dict[str, str]
+  beside: dict[str, Any]
+
+  def __post_init__(self):
+    if not math.isfinite(self.value):
+      raise ValueError(f'The score {self.name} is {self.value}; only finite values are scores.')
+    if not re.fullmatch(r'[a-z][a-z0-9_]*', self.name):
+      raise ValueError(f'A score is named in a-z, 0-9 and _, not {self.name!r}.')
+    if self.samples < 1:
+      raise ValueError(f'The score {self.name} of samples={self.samples} is none; give 1 or more.')
+    if self.weights not in ('ema', 'raw', 'none'):
+      raise ValueError(f"weights={self.weights!r} is not one of 'ema', 'raw', 'none'.")
+    if not self.model or not self.versions:
+      raise ValueError(f'The score {self.name} must name its model and versions.')
+    if self.extractor is not None:
+      missing = [f for f in ('sha256', 'resize', 'uint8', 'reference', 'reference_samples')
+                 if not getattr(self, f)]
+      if missing:
+        raise ValueError(f'The score {self.name} has an extractor, and needs {", ".join(missing)}.')
+      if not re.fullmatch('[0-9a-f]{64}', self.sha256):
+        raise ValueError(f'sha256={self.sha256!r} of {self.name} must be 64 hex digits.')
+    self._check_name()
+
+  def _check_name(self):
+    base = self.name.split('_')[0]
+    if base in RESERVED and (self.sha256 is None or (
+        base == 'fid' and not self.sha256.startswith(INCEPTION))):
+      raise ValueError(
+          f'{self.name!r} is the name of a measure with published weights; a proxy is named '
+          'fd_<extractor>_<first 8 digits of its hash>.')
+    if base == 'fd' and self.name != f'fd_{self.extractor}_{(self.sha256 or "")[:8]}':
+      raise ValueError(
+          f'{self.name!r} must be fd_<extractor>_<first 8 digits of its hash>, got extractor '
+          f'{self.extractor!r} with hash {self.sha256!r}.')
+
+
+def write_scores(path: str | os.PathLike, scores: list[Score]) -> None:
+  """Writes `scores.json`, whole or not at all. Raises ValueError for two scores of one name."""
+  names = [score.name for score in scores]
+  if twice := sorted({name for name in names if names.count(name) > 1}):
+    raise ValueError(f'Two scores are named {twice[0]}; one file holds each name once.')
+  fields = {'format': FORMAT, 'scores': [dataclasses.asdict(score) for score in scores]}
+  text = json.dumps(fields, indent=1, allow_nan=False) + '\n'
+  with whole(path) as file:
+    file.write(text.encode())
+
+
+def read_scores(path: str | os.PathLike) -> list[Score]:
+  """Reads `write_scores`. Raises ValueError for another format, and missing or unknown fields."""
+  try:
+    with open(path, encoding='utf-8') as file:
+      fields = json.load(file)
+    rows = fields['scores']
+    written = fields['format']
+  except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    raise ValueError(f'{path} holds no scores ({error}); run `smalti evaluate` again.') from error
+  if written != FORMAT:
+    raise ValueError(f'{path} has format {written}, this version reads {FORMAT}.')
+  known = {field.name for field in dataclasses.fields(Score)}
+  for row in rows:
+    if not isinstance(row, dict) or set(row) != known:
+      odd = sorted(known ^ set(row)) if isinstance(row, dict) else [repr(row)[:40]]
+      raise ValueError(f'{path} has a score with missing or unknown fields: {", ".join(odd)}.')
+  try:
+    return [Score(**{**row, 'seeds': tuple(row['seeds'])}) for row in rows]
+  except TypeError as error:
+    raise ValueError(f'{path} has a score with a field of another type ({error}).') from error
+
+
+def versions(*libraries: str) -> dict[str, str]:
+  """Of smalti, Python, NumPy, and the named installed libraries."""
+  names = ('smalti', 'numpy', *libraries)
+  return {'python': platform.python_version(),
+          **{name: importlib.metadata.version(name) for name in names}}

@@ -1,0 +1,73 @@
+"""Scores: nothing may be left out, and a proxy cannot take a published name."""
+
+import json
+
+import pytest
+
+from smalti.evaluation.manifest import Score, read_scores, versions, write_scores
+
+HASH = '1a2b3c4d' * 8
+FIELDS = dict(
+    name='fd_pixels_1a2b3c4d', value=1.5, unit='', higher_is_better=False, samples=1000,
+    seeds=(0, 1), settings={'steps': 8, 'guidance': 2.0, 'top_k': None}, weights='ema',
+    model='runs/digits_masked@2000 fingerprint 0123456789abcdef', extractor='pixels', sha256=HASH,
+    resize='none', uint8='round', reference='digits eval sha256 77', reference_samples=360,
+    versions=versions('scikit-learn'), beside={'floor': 0.4})
+
+
+def test_round_trip(tmp_path):
+  scores = [Score(**FIELDS), Score(**{**FIELDS, 'name': 'bits_per_token', 'extractor': None})]
+  write_scores(tmp_path / 'run' / 'scores.json', scores)
+  assert read_scores(tmp_path / 'run' / 'scores.json') == scores
+  assert [p.name for p in (tmp_path / 'run').iterdir()] == ['scores.json']
+  assert set(FIELDS['versions']) == {'python', 'smalti', 'numpy', 'scikit-learn'}
+
+
+@pytest.mark.parametrize('field', sorted(FIELDS))
+def test_no_field_may_be_left_out(field, tmp_path):
+  rest = {k: v for k, v in FIELDS.items() if k != field}
+  with pytest.raises(TypeError, match=field):
+    Score(**rest)
+  path = tmp_path / 'scores.json'
+  path.write_text(json.dumps({'format': 1, 'scores': [rest]}))
+  with pytest.raises(ValueError, match=f'missing or unknown fields: {field}'):
+    read_scores(path)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'name': 'fid'}, 'published weights'),
+    ({'name': 'fid_50k'}, 'published weights'),
+    ({'name': 'lpips', 'extractor': None, 'sha256': None}, 'published weights'),
+    ({'name': 'fd_pixels'}, 'must be fd_'),
+    ({'name': 'fd_digits_1a2b3c4d'}, 'must be fd_'),
+    ({'name': 'fd_pixels_00000000'}, 'must be fd_'),
+    ({'name': 'FID'}, 'named in a-z'),
+    ({'value': float('nan')}, 'finite'),
+    ({'value': float('inf')}, 'finite'),
+    ({'samples': 0}, '1 or more'),
+    ({'weights': 'best'}, 'not one of'),
+    ({'resize': None}, 'needs resize'),
+    ({'reference': None, 'reference_samples': None}, 'needs reference, reference_samples'),
+    ({'sha256': '1a2b3c4d'}, '64 hex'),
+    ({'versions': {}}, 'versions'),
+])
+def test_what_a_score_may_not_be(change, message):
+  with pytest.raises(ValueError, match=message):
+    Score(**{**FIELDS, **change})
+
+
+def test_fid_takes_the_inception_weights_and_nothing_else():
+  inception = '6726825d' + '0' * 56
+  assert Score(**{**FIELDS, 'name': 'fid', 'extractor': 'inception', 'sha256': inception}).value
+
+
+def test_files_that_are_no_scores(tmp_path):
+  path = tmp_path / 'scores.json'
+  for text, message in [('{"format": 1', 'holds no scores'), ('[]', 'holds no scores'),
+                        ('{"format": 2, "scores": []}', 'format 2'),
+                        ('{"format": 1, "scores": [3]}', 'unknown fields')]:
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+      read_scores(path)
+  with pytest.raises(ValueError, match='Two scores'):
+    write_scores(path, [Score(**FIELDS)] * 2)
