@@ -31,7 +31,7 @@ def get_config(size: str = 'base') -> Experiment:
   options = SIZES[size]
   return Experiment(
       model=AutoencoderConfig(
-          image_size=options['image'], channels=3, width=options['width'],
+          image_size=(options['image'],) * 2, channels=3, width=options['width'],
           multipliers=options['multipliers'], blocks=options['blocks'], attention=(16,),
           quantizer=ProjectedConfig(
               dim=options['dim'],

@@ -27,7 +27,7 @@ def get_config(size: str = 'base') -> Experiment:
   options = SIZES[size]
   return Experiment(
       model=AutoencoderConfig(
-          image_size=options['image'], channels=3, width=options['width'],
+          image_size=(options['image'],) * 2, channels=3, width=options['width'],
           multipliers=options['multipliers'], blocks=options['blocks'],
           quantizer=VQConfig(codes=options['codes'], dim=16)),
       data=FolderConfig(path='images', size=options['image']),

@@ -353,7 +353,7 @@ def _read(annotation: Any, text: str, old: Any, path: str) -> Any:
   return serialization.conform(value, annotation, path)
 
 
-def _paths(node: Any, path: str = '') -> list[str]:
+def field_paths(node: Any, path: str = '') -> list[str]:
   """Dotted paths of all fields below a node."""
   found = []
   for field in dataclasses.fields(node):
@@ -363,13 +363,13 @@ def _paths(node: Any, path: str = '') -> list[str]:
         f'{here}[{i}]': entry for i, entry in enumerate(value)}
     for at, entry in entries.items():
       if dataclasses.is_dataclass(entry):
-        found += _paths(entry, at)
+        found += field_paths(entry, at)
   return found
 
 
 def _nearest(path: str, node: Any, root: Any) -> str:
   """The field that was meant: the nearest path, else one that ends alike, else those here."""
-  known = _paths(root)
+  known = field_paths(root)
   if difflib.get_close_matches(path, known, n=1):
     return serialization.suggest(path, known)
   last = path.rpartition('.')[2]

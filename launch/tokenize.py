@@ -67,10 +67,9 @@ def _data(name: str | None, tokenizer: runs.Loaded) -> Any:
   if os.path.isdir(name):
     data = tokenizer.experiment.data if tokenizer.experiment else None
     from smalti.data.folder import FolderConfig
-    size = getattr(tokenizer.config, 'image_size', None)
     if isinstance(data, FolderConfig):
       return dataclasses.replace(data, path=name)
-    return FolderConfig(path=name, size=size if isinstance(size, int) else size[0],
+    return FolderConfig(path=name, size=tokenizer.config.image_size[0],
                         channels=tokenizer.config.channels)
   return cli.load_config(name).data
 
