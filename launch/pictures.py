@@ -101,7 +101,7 @@ def _scale(images: Images, scale: int | None) -> int:
 
 def _check(images: Images) -> None:
   if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-    raise ValueError(f'Images of {images.dtype}{list(images.shape)} must be uint8[B, H, W, 1 or 3]; '
-                     'round floats with networks.pixels.to_uint8.')
+    raise ValueError(f'Images of {images.dtype}{list(images.shape)} must be uint8[B, H, W, 1 or 3];'
+                     ' round floats with networks.pixels.to_uint8.')
   if not images.size:
-    raise ValueError(f'Images of shape {list(images.shape)} have no pixels; give one image or more.')
+    raise ValueError(f'Images of shape {list(images.shape)} have no pixels; give one or more.')
