@@ -39,23 +39,28 @@ class Linear(nnx.Module):
   """An affine map over the last axes: kernel [*inputs, *outputs], N(0, std), optional zero bias.
 
   Several output (or input) axes keep heads an axis of their own, so that a mesh can split it.
+  `result` is the dtype of the output where it is not `dtype`: float32 for logits.
   """
 
   def __init__(self, inputs: int | tuple[int, ...], outputs: int | tuple[int, ...], *,
-               bias: bool = False, std: float = 0.02, dtype: str = 'float32', rngs: nnx.Rngs):
+               bias: bool = False, std: float = 0.02, dtype: str = 'float32',
+               result: str | None = None, rngs: nnx.Rngs):
     inputs = (inputs,) if isinstance(inputs, int) else inputs
     outputs = (outputs,) if isinstance(outputs, int) else outputs
     shape = (*inputs, *outputs)
     self.kernel = nnx.Param(
         std * jax.random.normal(rngs.params(), shape) if std else jnp.zeros(shape))
     self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
-    self.inputs, self.dtype = len(inputs), dtype
+    self.inputs, self.dtype, self.result = len(inputs), dtype, result or dtype
 
   def __call__(self, x: Array, equation: str | None = None) -> Array:
     """Contracts the last axes of x; an einsum `equation` may name another layout."""
     x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-    y = jnp.einsum(equation, x, kernel) if equation else jnp.tensordot(x, kernel, self.inputs)
-    return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+    if equation is None:
+      y = jnp.tensordot(x, kernel, self.inputs, preferred_element_type=self.result)
+    else:
+      y = jnp.einsum(equation, x, kernel, preferred_element_type=self.result)
+    return y if self.bias is None else y + self.bias[...].astype(self.result)
 
 
 class Embedding(nnx.Module):

@@ -1,0 +1,119 @@
+"""From logits to ids: guidance, truncation in a fixed order, and the one categorical draw.
+
+The order is guidance, support, temperature, top-k, top-p, min-p, draw. Every function acts on the
+last axis in float32, keeps at least one id and never returns only -inf.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Scalar = Float[Array, ''] | float
+
+
+def guide(conditional: Float[Array, '*b v'], unconditional: Float[Array, '*b v'],
+          scale: Scalar) -> Float[Array, '*b v']:
+  """u + scale (c - u): 1 is conditional, 0 unconditional. Mask ids only after it."""
+  return unconditional + scale * (conditional - unconditional)
+
+
+def restrict(logits: Float[Array, '*b v'], support: Bool[Array, '*b v']) -> Float[Array, '*b v']:
+  """-inf where `support` (such as `spec.support()`) has no id."""
+  return jnp.where(support, logits.astype(jnp.float32), -jnp.inf)
+
+
+def process(logits: Float[Array, '*b v'], *, temperature: Scalar = 1.0, top_k: int | None = None,
+            top_p: Scalar | None = None, min_p: Scalar | None = None) -> Float[Array, '*b v']:
+  """Logits of the distribution that is sampled; None means off.
+
+  Args:
+    temperature: divides the logits; 0 keeps the first largest alone. Traced: one program for all.
+    top_k: keeps the k largest, by rank: of equal ones, the first. Static.
+    top_p: keeps the smallest set of the most probable ids with at least this mass.
+    min_p: keeps ids with at least this fraction of the largest probability.
+  """
+  logits = heat(logits, temperature)
+  if top_k is not None:
+    logits = keep_k(logits, top_k)
+  if top_p is not None:
+    logits = keep_p(logits, top_p)
+  if min_p is not None:
+    logits = keep_min(logits, min_p)
+  return logits
+
+
+def heat(logits: Float[Array, '*b v'], temperature: Scalar) -> Float[Array, '*b v']:
+  """logits / temperature up to a constant per row; at 0, the first largest and -inf elsewhere."""
+  logits = logits.astype(jnp.float32)
+  below = logits - jnp.max(logits, -1, keepdims=True)  # 0 stays 0 for the smallest temperature
+  cold = jnp.arange(logits.shape[-1]) == first(below == 0)[..., None]
+  temperature = jnp.asarray(temperature, jnp.float32)
+  tiny = jnp.finfo(jnp.float32).tiny
+  return jnp.where(temperature > 0, below / jnp.maximum(temperature, tiny),
+                   jnp.where(cold, 0.0, -jnp.inf))
+
+
+def keep_k(logits: Float[Array, '*b v'], k: int) -> Float[Array, '*b v']:
+  """The k largest; of those equal to the k-th, the first ones, so that exactly k stay."""
+  if k < 1:
+    raise ValueError(f'top_k={k} must be 1 or more; None turns it off.')
+  if k >= logits.shape[-1]:
+    return logits
+  threshold = jax.lax.top_k(logits, k)[0][..., -1:]
+  above, equal = logits > threshold, logits == threshold
+  room = k - jnp.sum(above, -1, keepdims=True)
+  return jnp.where(above | (equal & (jnp.cumsum(equal, -1) <= room)), logits, -jnp.inf)
+
+
+def keep_p(logits: Float[Array, '*b v'], p: Scalar) -> Float[Array, '*b v']:
+  """The smallest set {p_i >= t} with mass >= p; ids as probable as the last one kept stay too.
+
+  Bisection on the bit pattern of t, which orders positive floats, finds the largest such t exactly
+  in 30 passes, 3-4 times faster on CPU than a sort.
+  """
+  probability = jax.nn.softmax(logits.astype(jnp.float32), -1)
+  pattern = jax.lax.bitcast_convert_type(probability, jnp.int32)
+  top = jnp.max(pattern, -1, keepdims=True)
+
+  def halve(_, bounds):
+    low, high = bounds
+    middle = (low + high) // 2
+    mass = jnp.sum(jnp.where(pattern >= middle, probability, 0), -1, keepdims=True)
+    enough = mass >= p
+    return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+  # mass(low) >= p > mass(high) holds throughout; 1.0 has the pattern 0x3f800000 < 2^30
+  low, _ = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(top), top + 1))
+  low = jnp.where(jnp.asarray(p) >= 1, 0, low)  # rounding must not make p = 1 drop the tail
+  return jnp.where(pattern >= low, logits, -jnp.inf)
+
+
+def keep_min(logits: Float[Array, '*b v'], fraction: Scalar) -> Float[Array, '*b v']:
+  """Ids with p_i >= fraction * max p (arXiv 2407.01082)."""
+  top = jnp.max(logits, -1, keepdims=True)
+  return jnp.where(logits >= top + jnp.log(jnp.minimum(fraction, 1.0)), logits, -jnp.inf)
+
+
+def draw(logits: Float[Array, 'b *n v'], keys: Array) -> Int[Array, 'b *n']:
+  """One id per row by inverse CDF: the only categorical draw.
+
+  With p = softmax(logits), c its cumulative sum and u uniform in (0, 1], the id is the first with
+  c >= u max(c) and p > 0. The second condition matters: XLA's cumulative sum is not monotone, and
+  counting c < u drew a forbidden id once in 2,000,000. `jax.random.categorical` truncates its fp32
+  Gumbel noise at 15.94, which silently lowers the temperature.
+
+  Args:
+    keys: one key per example; an example's draws depend on its own key and logits alone.
+  """
+  uniform = jax.vmap(lambda key: jax.random.uniform(key, logits.shape[1:-1]))(keys)
+  probability = jax.nn.softmax(logits.astype(jnp.float32), -1)
+  cumulative = jnp.where(probability > 0, jnp.cumsum(probability, -1), -1.0)
+  total = jnp.max(cumulative, -1, keepdims=True)
+  return first(cumulative >= (1 - uniform)[..., None] * total)
+
+
+def first(hits: Bool[Array, '*b v']) -> Int[Array, '*b']:
+  """The first True of each row (the last id where there is none): argmax, vectorised on CPU."""
+  size = hits.shape[-1]
+  place = jnp.arange(size, dtype=jnp.int32)
+  return jnp.min(jnp.where(hits, place, size - 1), -1)
