@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 
-def to_float(image: UInt8[Array, '*b h w c']) -> Float[Array, '*b h w c']:
+def to_float(image: UInt8[Array, '*b h w c'] | Float[Array, '*b h w c']
+             ) -> Float[Array, '*b h w c']:
   """Level k to k / 127.5 - 1; floats pass unchanged."""
   if image.dtype != jnp.uint8:
     return image
