@@ -27,7 +27,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import smalti
-from smalti.launch import exits, serialization
+from smalti.launch import exits, help, serialization
 
 VERBS = {
     'train': 'train a tokenizer or a generator from one config; the same command resumes',
@@ -42,6 +42,8 @@ VERBS = {
     'demo': 'the whole path on embedded real data, in minutes',
 }
 
+_HELP = ('--help', '-help', '-h')
+_CHOICE = 'choice'  # the module that absl files arguments without dashes under
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _CONFIGS = _ROOT / 'configs'
 _FOLDERS = tuple(str(_ROOT / folder) + os.sep for folder in (
@@ -76,8 +78,8 @@ def run(verb: str, argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: list[str]) -> int:
-  if not argv or argv[0] in ('--help', '-h', 'help'):
-    print(_usage())
+  if not argv or argv[0] in (*_HELP, 'help'):
+    print(help.verbs(VERBS))
     return exits.FINISHED
   if argv[0] == '--version':
     print(f'smalti {smalti.__version__}')
@@ -90,7 +92,9 @@ def _main(argv: list[str]) -> int:
   values.set_gnu_getopt(True)  # flags may follow the choice of `define_choice`
   _define_common(values)
   module.define(values)
-  if any(a in ('--help', '-h', '-help') for a in arguments):
+  asked = [a for a in arguments if a in _HELP]
+  arguments = [a for a in arguments if a not in _HELP]
+  if asked:
     print(_help(verb, module, values, arguments))
     return exits.FINISHED
   _parse(verb, values, arguments)
@@ -101,9 +105,20 @@ def _main(argv: list[str]) -> int:
   return module.main(values) or exits.FINISHED
 
 
+def _help(verb: str, module: Any, values: flags.FlagValues, arguments: list[str]) -> str:
+  lines = [inspect.cleandoc(module.__doc__ or ''), '', 'Options:',
+           *help.options(values, _choices(values), ['plugin', 'compilation_cache'])]
+  if 'config' in values:
+    lines += ['', f'Packaged configs: {", ".join(packaged())}']
+    if any(re.match('--?config(=|$)', a) for a in arguments):
+      _parse(verb, values, arguments)
+      lines += ['', 'Fields:', *help.fields(values.config)]
+  return '\n'.join(lines)
+
+
 def _define_common(values: flags.FlagValues) -> None:
   flags.DEFINE_multi_string(
-      'plugin', [], 'A module outside smalti whose configs may be named; may be repeated.',
+      'plugin', [], 'A module outside smalti whose config classes may be named',
       flag_values=values)
   flags.DEFINE_string(
       'compilation_cache', None, 'A folder that keeps compiled programs between processes; '
@@ -124,9 +139,8 @@ def _parse(verb: str, values: flags.FlagValues, arguments: list[str]) -> None:
                        f'`smalti {verb} --help`.') from error
     hint = serialization.suggest(error.flagname, values)
     raise ValueError(f'{verb} has no option --{error.flagname}; {hint}') from error
-  choices = [f for f in values.flags_by_module_dict().get(_CHOICE, ())]
-  if choices and rest:
-    choices[0].parse(rest.pop(0))
+  for choice in _choices(values)[:len(rest)]:
+    values[choice].parse(rest.pop(0))
   if rest:
     raise ValueError(f'{verb} does not know what to do with {rest[0]!r}; '
                      'options are written --name=value.')
@@ -180,8 +194,6 @@ class _ConfigFlag(flags.Flag):
   required = True
 
 
-_CHOICE = 'choice'
-
 
 def define_config(values: flags.FlagValues, *, required: bool = True) -> None:
   """Adds `--config=NAME[:size]` with `--config.path=value`; `values.config` is the experiment."""
@@ -200,9 +212,13 @@ def define_settings(values: flags.FlagValues) -> None:
       flag_values=values)
 
 
-def define_choice(values: flags.FlagValues, name: str, choices: Sequence[str], help: str) -> None:
+def define_choice(values: flags.FlagValues, name: str, choices: Sequence[str], doc: str) -> None:
   """Adds an argument without dashes, as in `smalti bench quantizers`; None where it is missing."""
-  flags.DEFINE_enum(name, None, list(choices), help, flag_values=values, module_name=_CHOICE)
+  flags.DEFINE_enum(name, None, list(choices), doc, flag_values=values, module_name=_CHOICE)
+
+
+def _choices(values: flags.FlagValues) -> list[str]:
+  return [flag.name for flag in values.flags_by_module_dict().get(_CHOICE, ())]
 
 
 def apply_settings(settings: Any, overrides: dict[str, str]) -> Any:
@@ -309,7 +325,10 @@ def _override(node: Any, parts: list[str], text: str, path: str, root: Any) -> A
   else:
     new = _read(annotation, text, old, path)
   if type(node).__dataclass_params__.frozen:
-    return dataclasses.replace(node, **{name: new})
+    try:
+      return dataclasses.replace(node, **{name: new})
+    except ValueError as error:  # settings check themselves
+      raise ValueError(f'--{path}={text}: {error}') from error
   setattr(node, name, new)
   return node
 
@@ -335,6 +354,9 @@ def _read(annotation: Any, text: str, old: Any, path: str) -> Any:
         f'--{path}={text}: which config stands there is chosen by size or file; override its '
         f'fields{", or say none" if optional else ""}.')
   elements = typing.get_args(inner) if typing.get_origin(inner) is tuple else ()
+  refusal = f'{path} must be {serialization.describe(annotation)}, got {text!r}.'
+  if elements and text[:1] == '{':  # config_flags makes a tuple of the keys
+    raise ValueError(refusal)
   if elements and elements[0] not in (int, float, bool) and text[:1] not in ('(', '['):
     # config_flags takes a,b for one string
     value: Any = tuple(part.strip() for part in text.split(',') if part.strip())
@@ -347,8 +369,7 @@ def _read(annotation: Any, text: str, old: Any, path: str) -> Any:
           'field', field(None), flag_values=values, sys_argv=[argument])
       values(['smalti', argument])
     except (flags.Error, ValueError, TypeError, SyntaxError) as error:
-      raise ValueError(f'{path} must be {serialization.describe(annotation)}, '
-                       f'got {text!r}.') from error
+      raise ValueError(refusal) from error
     value = values['field'].value.value
   return serialization.conform(value, annotation, path)
 
@@ -373,65 +394,13 @@ def _nearest(path: str, node: Any, root: Any) -> str:
   if difflib.get_close_matches(path, known, n=1):
     return serialization.suggest(path, known)
   last = path.rpartition('.')[2]
-  alike = [k for k in known if k.rpartition('.')[2] == last]
+  alike = sorted((k for k in known if k.rpartition('.')[2] == last), key=lambda k: k.count('.'))
   if alike:
-    return f'did you mean {alike[0]!r}?'
+    return f'did you mean {" or ".join(map(repr, alike[:3]))}?'
   return serialization.suggest(last, [f.name for f in dataclasses.fields(node)])
 
 
-# Help and errors.
-
-
-def _usage() -> str:
-  width = max(map(len, VERBS))
-  lines = [f'  {verb:{width}}  {text}' for verb, text in VERBS.items()]
-  return '\n'.join([
-      'smalti VERB --name=value ...', '', *lines, '', '`smalti VERB --help` lists its options.'])
-
-
-def _help(verb: str, module: Any, values: flags.FlagValues, arguments: list[str]) -> str:
-  lines = [inspect.cleandoc(module.__doc__ or ''), '', 'Options:']
-  for name in sorted(values, key=lambda name: (name in ('plugin', 'compilation_cache'), name)):
-    flag = values[name]
-    default = '' if flag.default in (None, []) else f' [{flag.default}]'
-    dashes = '' if name in _choices(values) else '--'
-    lines.append(f'  {dashes}{name}: {" ".join(flag.help.split())}{default}')
-  if 'config' in values:
-    arguments = [a for a in arguments if a not in ('--help', '-h', '-help')]
-    name = next((a.partition('=')[2] for a in arguments if re.match('--?config=', a)), None)
-    lines += ['', f'Packaged configs: {", ".join(packaged())}']
-    if name:
-      _parse(verb, values, arguments)
-      lines += ['', f'Fields of {name}:', *_fields(values.config)]
-  return '\n'.join(lines)
-
-
-def _fields(node: Any, path: str = 'config') -> list[str]:
-  """One line per field: its path, value, and what the class says about it."""
-  lines, docs = [], _docs(type(node))
-  for field in dataclasses.fields(node):
-    here, value = f'{path}.{field.name}', getattr(node, field.name)
-    if dataclasses.is_dataclass(value):
-      lines.append(f'  --{here}: {type(value).__name__}')
-      lines += _fields(value, here)
-    else:
-      shown = 'none' if value is None else value
-      lines.append(f'  --{here}={shown}  {docs.get(field.name, "")}'.rstrip())
-  return lines
-
-
-def _docs(cls: type) -> dict[str, str]:
-  """The `Attributes:` (or `Args:`) of a class docstring: `name, name: text`."""
-  _, _, section = re.sub(r'(?m)^Args:', 'Attributes:', inspect.getdoc(cls) or '').partition(
-      'Attributes:\n')
-  docs = {}
-  for names, text in re.findall(r'(?m)^  ([a-z_][\w, ]*): ((?:.|\n(?:    |\s*$))*)', section):
-    docs |= {name.strip(): ' '.join(text.split()) for name in names.split(',')}
-  return docs
-
-
-def _choices(values: flags.FlagValues) -> list[str]:
-  return [flag.name for flag in values.flags_by_module_dict().get(_CHOICE, ())]
+# Errors.
 
 
 def _complain(error: BaseException) -> None:
