@@ -27,6 +27,9 @@ from smalti.launch import manifest
 
 FORMAT = 1
 _TEMPORARY = '.orbax-checkpoint-tmp'
+# Orbax moves what is to be deleted here, at once, and we delete: a kill in the middle of deleting a
+# step in its place would leave a damaged one.
+_DELETED = 'deleted'
 
 
 class CheckpointError(OSError):
@@ -123,6 +126,8 @@ class Checkpoints:
         self._manager.wait_until_finished()
       except Exception as error:
         raise self._failed(error) from error
+      if jax.process_index() == 0:
+        shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
 
   def close(self) -> None:
     """Waits for the last save and frees threads."""
@@ -206,6 +211,7 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
         preservation_policy=self._policy,
         cleanup_tmp_directories=False,  # swept above, before anything else looks at the folder
+        todelete_subdir=_DELETED,
         lightweight_initialize=True,  # metadata of old steps may be damaged, and is not needed
         async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)))
     return self._manager
@@ -231,8 +237,8 @@ class Checkpoints:
 
   def _sweep(self) -> None:
     """Deletes what a killed or failed save left behind."""
-    for path in self.folder.glob(f'*{_TEMPORARY}*'):
-      logging.info('%s was never committed; deleted.', path)
+    for path in [*self.folder.glob(f'*{_TEMPORARY}*'), *self.folder.glob(_DELETED)]:
+      logging.info('%s is not a committed checkpoint; deleted.', path)
       shutil.rmtree(path)
 
   def _clean(self, newest: int) -> None:
