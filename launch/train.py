@@ -79,10 +79,13 @@ class Job:
     self.rate = optimizers.schedule(experiment.optimizer, experiment.steps)
     self.state = self._state(init_from)
     self.start = int(self.state['step'])
+    if self.start >= experiment.steps:
+      say(f'finished: {workdir} is at step {self.start} of {experiment.steps}')
     self.tracker = Tracker(
         workdir, wandb=experiment.log.wandb, project=experiment.log.project,
         config=redact(to_json(experiment)), resume_step=self.start)
-    self.step, self.names = self._compile()
+    if self.start < experiment.steps:
+      self.step, self.names = self._compile()
     self._evaluate = jax.jit(functools.partial(steps.eval_step, structure=self.structure))
 
   def _state(self, init_from: str | None) -> dict:
@@ -106,7 +109,7 @@ class Job:
       say(f'resume: step {step}')
       return state
     with jax.set_mesh(self.mesh):
-      state = jax.jit(init, out_shardings=shardings)(key)
+      state = jax.jit(init, out_shardings=shardings, compiler_options=_unoptimized())(key)
       copied = _initialize(state, init_from) if init_from else set()
       return self._prepare(state, copied)
 
@@ -122,7 +125,8 @@ class Job:
 
     batch = next(self.batches(0))
     outputs = self.shardings['params'], self.shardings['buffers']
-    params, buffers = jax.jit(prepare, out_shardings=outputs)(
+    params, buffers = jax.jit(
+        prepare, out_shardings=outputs, compiler_options=_unoptimized())(
         state['params'], state['buffers'], batch, states.stream(self.experiment.seed, 'prepare'),
         self.tokenizer and self.tokenizer.model)
     keep = lambda path, old, new: old if _join(path) in copied else new  # noqa: E731
@@ -288,6 +292,11 @@ def check(step: int, metrics: dict, names: list[str]) -> None:
       f'Step {step} is not finite in {", ".join(shown[:6])}'
       f'{f" and {len(shown) - 6} more" if len(shown) > 6 else ""}; the update was not made and the '
       'last checkpoint is good: lower the rate, or look at the batch of this step.')
+
+
+def _unoptimized() -> dict | None:
+  """For programs that run once: on CPU, LLVM takes 15 times longer than the drawing of weights."""
+  return {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
 
 
 def _call(compiled: Any, key: jax.Array, tokenizer: Any, state: dict, batch: dict) -> Any:
