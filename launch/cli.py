@@ -6,9 +6,9 @@ front of `ml_collections.config_flags`, which reads the text of every override b
 it lacks is added here: packaged names, nearest names, `none`, Literals, frozen nodes.
 """
 
-import copy
 import dataclasses
 import difflib
+import dis
 import importlib
 import importlib.util
 import inspect
@@ -16,9 +16,9 @@ import json
 import os
 import pathlib
 import re
+import signal
 import sys
 import sysconfig
-import traceback
 import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (exits.NonFinite, exits.Preempted) as error:
     _complain(error)
     return exits.NON_FINITE if isinstance(error, exits.NonFinite) else exits.PREEMPTED
+  except KeyboardInterrupt:
+    _complain(KeyboardInterrupt('interrupted'))
+    return 128 + signal.SIGINT
   except Exception as error:
     if os.environ.get('SMALTI_TRACEBACK') == '1' or not _by_user(error):
       raise
@@ -169,7 +172,7 @@ def _split(arguments: list[str], tree: str) -> tuple[list[str], list[tuple[str, 
       rest.append(argument)
       continue
     negated, path, text = match.groups()
-    if text is None and not negated and queue and not queue[0].startswith('--'):
+    if text is None and not negated and queue and not re.match('--|-[a-zA-Z]', queue[0]):
       text = queue.pop(0)
     overrides.append((path, text if text is not None else 'false' if negated else 'true'))
   return rest, overrides
@@ -192,7 +195,6 @@ def _import_plugin(name: str) -> None:
 class _ConfigFlag(flags.Flag):
   """`--config`: its text while absl parses, the resolved tree after."""
   required = True
-
 
 
 def define_config(values: flags.FlagValues, *, required: bool = True) -> None:
@@ -242,10 +244,11 @@ def load_config(name: str, overrides: Iterable[tuple[str, str]] = (),
     FileNotFoundError: a path that leads nowhere.
   """
   from smalti.launch.experiment import Experiment
-  config = copy.deepcopy(_load(name, Experiment, plugins))  # files may hand out shared objects
+  config = _load(name, Experiment, plugins)
   if not isinstance(config, Experiment):
     raise ValueError(f'{name}: get_config must return an Experiment, got a '
                      f'{type(config).__name__}.')
+  config = _copy(config)  # a file may hand out one object twice, or at every call
   for path, text in overrides:
     config = override(config, path, text)
   serialization.check(config)
@@ -258,10 +261,18 @@ def override(config: Any, path: str, text: str, *, tree: str = 'config') -> Any:
   Raises:
     ValueError: no such field, with the nearest one; or text that is none of its annotation.
   """
-  return _override(copy.deepcopy(config), path.split('.'), text, f'{tree}.{path}', config)
+  return _override(_copy(config), path.split('.'), text, f'{tree}.{path}', config)
 
 
 # Loading and overriding configs.
+
+
+def _copy(value: Any) -> Any:
+  """The same tree in which no two fields share a node."""
+  if dataclasses.is_dataclass(value):
+    return dataclasses.replace(
+        value, **{f.name: _copy(getattr(value, f.name)) for f in dataclasses.fields(value)})
+  return tuple(map(_copy, value)) if isinstance(value, tuple) else value
 
 
 def _load(name: str, base: type, plugins: Sequence[str]) -> Any:
@@ -416,14 +427,25 @@ _MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError,
 
 
 def _by_user(error: Exception) -> bool:
-  """Whether our own code, or flag parsing, refused something that a user can put right."""
+  """Whether a `raise` of ours, flag parsing or the file system refused what was asked."""
   if isinstance(error, flags.Error):
     return True
   if not isinstance(error, _MISTAKES):
     return False
-  files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-  while isinstance(error, OSError) and files and (
-      files[-1].startswith(_STDLIB) and 'site-packages' not in files[-1]
-      or files[-1].startswith('<frozen')):
-    files.pop()  # pathlib and shutil stand between our call and the system's answer
-  return bool(files) and os.path.realpath(files[-1]).startswith(_FOLDERS)
+  steps = []
+  link = error.__traceback__
+  while link is not None:
+    steps.append((link.tb_frame.f_code, link.tb_lasti))
+    link = link.tb_next
+  while isinstance(error, OSError) and steps and _of_python(steps[-1][0].co_filename):
+    steps.pop()  # pathlib and shutil stand between our call and the system's answer
+  if not steps:
+    return False
+  code, place = steps[-1]
+  raised = dis.opname[code.co_code[place]] == 'RAISE_VARARGS'  # else numpy, say, refused our call
+  return os.path.realpath(code.co_filename).startswith(_FOLDERS) and (
+      raised or isinstance(error, OSError))
+
+
+def _of_python(file: str) -> bool:
+  return file.startswith('<frozen') or file.startswith(_STDLIB) and 'site-packages' not in file

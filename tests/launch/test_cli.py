@@ -185,6 +185,9 @@ def test_overrides_never_leak(verb):
   values = parse(verb, '--config=probe.py')
   assert first.model.part.width == 99 and first.model.parts[0].rate == 7
   assert values.config.model.part.width == 8 and values.config.model.parts[0].rate == 0.1
+  assert first.model.parts[0].width == 8 and first.model.part.rate == 0.1  # one object there
+  shared = cli.load_config('probe.py').model.part
+  assert shared == values.config.model.part and shared is not values.config.model.part
   assert values.config.ema == 0.999 and values.settings == {} and values.what is None
   before = serialization.to_json(values.config)
   cli.override(values.config, 'model.part.width', '5')
@@ -346,7 +349,6 @@ def test_exit_codes_and_tracebacks(verb, capfd, monkeypatch):
   for error in (ValueError('not our code'), KeyError('x'), RuntimeError('y'), OSError(5, 'io')):
     with pytest.raises(type(error)):  # a bug keeps its traceback
       ends(error)
-
   verb.main = lambda values: serialization.check(3)
   assert cli.main(['probe', '--config=probe.py']) == 2
   verb.main = lambda values: cli.load_config('probe.py', [('steps', 'x')])
@@ -356,6 +358,39 @@ def test_exit_codes_and_tracebacks(verb, capfd, monkeypatch):
     cli.main(['probe', '--config=probe.py'])
   verb.main = lambda values: 7
   assert cli.main(['probe', '--config=probe.py']) == 7
+
+
+def test_only_refusals_of_ours_lose_their_traceback(verb, capfd):
+  """A `raise` in our folders, or the file system's answer to us; not what numpy says of a bug."""
+  def ours(text):
+    scope = {}
+    exec(compile(text, str(pathlib.Path(cli.__file__).with_name('probe.py')), 'exec'), scope)
+    return scope['main']
+
+  verb.main = ours("def main(values):\n  raise ValueError('two\\n  lines')")
+  assert cli.main(['probe', '--config=probe.py']) == 2
+  verb.main = ours("def main(values):\n  open('missing/file')")
+  assert cli.main(['probe', '--config=probe.py']) == 2
+  verb.main = ours("import pathlib\ndef main(values):\n  pathlib.Path('probe.py').mkdir()")
+  assert cli.main(['probe', '--config=probe.py']) == 2
+  assert capfd.readouterr().err == (
+      'smalti: two lines\nsmalti: missing/file: No such file or directory\n'
+      'smalti: probe.py: File exists\n')
+  verb.main = ours('import numpy\ndef main(values):\n  numpy.ones(2) + numpy.ones(3)')
+  with pytest.raises(ValueError, match='broadcast'):
+    cli.main(['probe', '--config=probe.py'])
+  verb.main = ours("def main(values):\n  int('x')")
+  with pytest.raises(ValueError, match='invalid literal'):
+    cli.main(['probe', '--config=probe.py'])
+
+
+def test_an_interrupt_is_one_line(verb, capfd):
+  def main(values):
+    raise KeyboardInterrupt
+
+  verb.main = main
+  assert cli.main(['probe', '--config=probe.py']) == 130
+  assert capfd.readouterr().err == 'smalti: interrupted\n'
 
 
 def test_mistakes_inside_a_users_config_keep_their_traceback(verb, folder):

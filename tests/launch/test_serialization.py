@@ -34,6 +34,7 @@ class ProbeConfig(ModelConfig):
   betas: tuple[float, float] = (0.9, 0.95)
   pairs: tuple[tuple[int, int], ...] = ((1, 2),)
   kind: Literal['a', 'b'] = 'a'
+  order: Literal[1, 2] = 1
   clip: float | None = None
   part: PartConfig = dataclasses.field(default_factory=DeepPartConfig)
   parts: tuple[PartConfig, ...] = ()
@@ -111,6 +112,8 @@ def test_packaged_configs_round_trip(name):
     ('model.betas', [0.1, 'x'], 'model.betas[1]'),
     ('model.pairs', [[1, 2], [1]], 'model.pairs[1] must be a tuple of length 2'),
     ('model.kind', 'c', 'one of a, b'),
+    ('model.order', True, 'one of 1, 2'),
+    ('model.order', 1.0, 'one of 1, 2'),
     ('model.clip', 'none', 'a finite number or none'),
     ('model.clip', math.inf, 'model.clip'),
     ('model.clip', math.nan, 'model.clip'),
