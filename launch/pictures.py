@@ -20,13 +20,15 @@ GRAY = (128, 128, 128, 255)  # legible on light and on dark pages
 
 
 def grid(images: Images, columns: int | None = None, scale: int | None = None, *, gap: int = GAP,
-         footer: int = 0, fill: int = 255) -> UInt8[np.ndarray, 'h w c']:
+         band: int = 0, footer: int = 0, fill: int = 255) -> UInt8[np.ndarray, 'h w c']:
   """Images row by row in one array.
 
   Args:
     columns: per row; None makes the grid about square.
     scale: whole factor of enlargement; None takes small images to about 64 pixels.
     gap: pixels between images.
+    band: rows that belong together, such as 2 for inputs above reconstructions; between bands the
+      gap is 4 times as high. 0 is none.
     footer: pixels left free below every image, for a label.
     fill: value of the gaps and of missing images.
   """
@@ -36,33 +38,36 @@ def grid(images: Images, columns: int | None = None, scale: int | None = None, *
   scale = _scale(images, scale)
   rows = -(-count // columns)
   tile_h, tile_w = height * scale + footer + gap, width * scale + gap
-  out = np.full((rows * tile_h - gap, columns * tile_w - gap, channels), fill, np.uint8)
+  tops = [row * tile_h + (row // band * 3 * gap if band else 0) for row in range(rows)]
+  out = np.full((tops[-1] + tile_h - gap, columns * tile_w - gap, channels), fill, np.uint8)
   for i, image in enumerate(images):
-    top, left = i // columns * tile_h, i % columns * tile_w
+    top, left = tops[i // columns], i % columns * tile_w
     out[top:top + height * scale, left:left + width * scale] = (
         image.repeat(scale, 0).repeat(scale, 1))
   return out
 
 
 def save_grid(path: str | os.PathLike, images: Images, columns: int | None = None,
-              scale: int | None = None, *, labels: Sequence[str] | None = None) -> None:
+              scale: int | None = None, *, band: int = 0,
+              labels: Sequence[str] | None = None) -> None:
   """Writes a grid as a PNG with transparent gaps, whole or not at all.
 
   Args:
+    band: rows that belong together, see `grid`.
     labels: a short text below every image.
   """
   _check(images)
   if labels is not None and len(labels) != len(images):
     raise ValueError(f'{len(labels)} labels for {len(images)} images; give one for each.')
   footer = 0 if labels is None else TEXT + 4
-  layout = dict(columns=columns, scale=scale, footer=footer)
+  layout = dict(columns=columns, scale=scale, band=band, footer=footer)
   colours = grid(images, **layout)
   if images.shape[3] == 1:
     colours = colours.repeat(3, 2)
   opaque = grid(np.full((*images.shape[:3], 1), 255, np.uint8), **layout, fill=0)
   picture = Image.fromarray(np.concatenate([colours[..., :3], opaque], 2), 'RGBA')
   if labels is not None:
-    _write_labels(picture, labels, images, columns, scale, footer)
+    _write_labels(picture, labels, images, columns, scale, band, footer)
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(f'.{path.name}.{os.getpid()}.part')
@@ -74,7 +79,7 @@ def save_grid(path: str | os.PathLike, images: Images, columns: int | None = Non
 
 
 def _write_labels(picture: Image.Image, labels: Sequence[str], images: Images,
-                  columns: int | None, scale: int | None, footer: int) -> None:
+                  columns: int | None, scale: int | None, band: int, footer: int) -> None:
   """Draws the labels, cut to the width of a tile, below the images."""
   columns, scale = _columns(len(images), columns), _scale(images, scale)
   tile_h, tile_w = (side * scale for side in images.shape[1:3])
@@ -83,8 +88,9 @@ def _write_labels(picture: Image.Image, labels: Sequence[str], images: Images,
     while label and draw.textlength(label, font) > tile_w:
       label = label[:-1]
     left = i % columns * (tile_w + GAP) + tile_w / 2
-    top = i // columns * (tile_h + footer + GAP) + tile_h + footer / 2
-    draw.text((left, top), label, GRAY, font, anchor='mm')
+    row = i // columns
+    top = row * (tile_h + footer + GAP) + (row // band * 3 * GAP if band else 0)
+    draw.text((left, top + tile_h + footer / 2), label, GRAY, font, anchor='mm')
 
 
 def _columns(count: int, columns: int | None) -> int:

@@ -27,6 +27,13 @@ def test_every_image_is_at_its_place(count, columns, scale, channels):
   assert (out[~seen] == 255).all()
 
 
+def test_bands_stand_apart():
+  images = np.arange(1, 13, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2)
+  out = pictures.grid(images, 2, 1, gap=1, band=2, fill=0)[:, 0, 0]
+  rows = [row for i in range(1, 12, 2) for row in [i] * 4 + [0] * (1 if i % 4 == 1 else 4)]
+  np.testing.assert_array_equal(out, rows[:-4])
+
+
 def test_files_are_transparent_between_images_and_exact_within(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
   pictures.save_grid(tmp_path / 'new' / 'grid.png', images, columns=3, scale=2)
