@@ -24,6 +24,8 @@ BELOW = {
     'configs': FOLDERS,
 }
 SPEC_ONLY = {'numpy'}  # tokenizers/spec.py must import in a blink
+LIGHT = {'jax', 'flax', 'optax', 'jaxtyping', 'numpy'}  # what the folders below need at import
+LIGHT_FOLDERS = ('networks', 'tokenizers', 'generators', 'launch/step.py', 'launch/state.py')
 CLUSTER = {'wandb', 'orbax'}  # launch only
 MESH = {'Mesh', 'PartitionSpec', 'NamedSharding', 'make_mesh'}  # launch only, but for:
 MESH_ALLOWED = {('networks/layers.py', 'PartitionSpec')}
@@ -41,6 +43,12 @@ def violations(path: str, text: str) -> list[str]:
   def refuse(node, rule):
     found.append(f'{path}:{node.lineno}: {rule}')
 
+  if path.startswith(LIGHT_FOLDERS):
+    for node in tree.body:  # an import inside a function costs only those who call it
+      for name, _ in _imports(node):
+        top = name.split('.')[0]
+        if top != 'smalti' and top not in LIGHT and not _standard(top):
+          refuse(node, f'{top} at import; import it where it is used')
   for node in ast.walk(tree):
     for name, imported in _imports(node):
       _check_import(path, folder, name, imported, lambda rule, node=node: refuse(node, rule))
@@ -174,6 +182,8 @@ CONFIG = 'import dataclasses\n@dataclasses.dataclass\nclass XConfig:\n  a: int =
     ('launch/bad.py', 'import subprocess\nsubprocess.run("ls", shell=True)'),
     ('launch/bad.py', 'x = eval("1")'),
     ('launch/bad.py', 'exec("x = 1")'),
+    ('tokenizers/bad.py', 'import sklearn.cluster'),
+    ('launch/step.py', 'import grain'),
     ('launch/bad.py', 'import torch'),
     ('launch/bad.py', 'import tensorflow as tf'),
     ('tokenizers/bad.py', 'from __future__ import annotations\n' + CONFIG),
@@ -188,6 +198,7 @@ def test_a_bad_module_is_caught(path, text):
     ('tokenizers/good.py', 'from smalti.tokenizers import spec\nimport smalti.networks.layers'),
     ('launch/good.py', 'from __future__ import annotations\nimport wandb\nimport smalti'),
     ('launch/good.py', 'model.eval()\nregex.exec()'),
+    ('tokenizers/good.py', 'def f():\n  from rdkit import Chem'),
     ('launch/peers/llama.py', 'import torch'),
     ('data/good.py', 'import numpy as np\nnp.load("x", allow_pickle=False)'),
     ('tokenizers/good.py', CONFIG),
