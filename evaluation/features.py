@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
+from PIL import Image
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
@@ -22,6 +23,8 @@ from smalti.evaluation.files import whole
 from smalti.evaluation.frechet import Moments
 
 FORMAT = 1
+SIDE = 32  # pixels that larger images are averaged to
+FITTED = 2048  # images that principal components are fitted on, at most
 Images = Shaped[np.ndarray, '_b _h _w _c']  # uint8, checked below: floats are refused
 Shape = tuple[int, int, int]
 
@@ -34,7 +37,7 @@ class Extractor(Protocol):
     name: what it is, part of the score's name.
     sha256: of the weights, or of the definition where there are none.
     dim: length of a feature row.
-    resize: how images reach the size it wants; 'none' refuses other sizes.
+    resize: how images reach the size it works at; 'none' is at their own.
   """
   name: str
   sha256: str
@@ -83,18 +86,24 @@ class Pixels:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Principal:
-  """The first principal components of the pixels of the images it was fitted on, not whitened."""
+  """The first principal components of the pixels of the images it was fitted on, not whitened.
+
+  Larger images are averaged to at most `SIDE` pixels a side first, and `resize` says so: it sees
+  colours and coarse shapes, no texture.
+  """
   shape: Shape
   mean: Float[np.ndarray, 'p']
   components: Float[np.ndarray, 'p c']
-  resize = 'none'
 
   @classmethod
   def fit(cls, images: Images, dim: int) -> 'Principal':
-    x = _flatten(images, images.shape[1:])
+    """Fits on all images, or on `FITTED` evenly spaced ones of more."""
+    chosen = np.linspace(0, len(images) - 1, min(len(images), FITTED)).round().astype(int)
+    small = shrink(images[chosen])
+    x = _flatten(small, small.shape[1:])
     if not 1 <= dim <= min(x.shape):
       raise ValueError(f'{dim=} must be in 1..{min(x.shape)} for {len(x)} images of '
-                       f'{x.shape[1]} pixels.')
+                       f'{x.shape[1]} values.')
     mean = x.mean(0)
     _, _, directions = np.linalg.svd(x - mean, full_matrices=False)
     components = directions[:dim].T
@@ -110,13 +119,20 @@ class Principal:
   def dim(self) -> int:
     return self.components.shape[1]
 
+  @property
+  def resize(self) -> str:
+    height, width = _shrunk(self.shape)
+    return 'none' if (height, width) == self.shape[:2] else f'box_{height}x{width}'
+
   @functools.cached_property
   def sha256(self) -> str:
     return _digest({'extractor': 'principal', 'shape': list(self.shape)},
                    self.mean, self.components)
 
   def __call__(self, images: Images) -> Float[np.ndarray, 'b c']:
-    return (_flatten(images, self.shape) - self.mean) @ self.components.astype(np.float64)
+    _check(images, self.shape)
+    small = shrink(images)
+    return (_flatten(small, small.shape[1:]) - self.mean) @ self.components.astype(np.float64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -189,11 +205,34 @@ class Classifier:
     return found
 
 
+def shrink(images: Images, side: int = SIDE) -> Images:
+  """Images averaged to at most `side` pixels a side, as uint8; smaller ones pass unchanged."""
+  height, width = _shrunk(images.shape[1:], side)
+  if (height, width) == images.shape[1:3]:
+    return images
+  out = np.empty((len(images), height, width, images.shape[3]), np.uint8)
+  for i, image in enumerate(images):
+    for c in range(images.shape[3]):
+      plane = Image.fromarray(image[..., c])
+      out[i, ..., c] = plane.resize((width, height), Image.Resampling.BOX)
+  return out
+
+
+def _shrunk(shape: tuple[int, ...], side: int = SIDE) -> tuple[int, int]:
+  height, width = shape[:2]
+  factor = min(1, side / max(height, width))
+  return max(1, round(height * factor)), max(1, round(width * factor))
+
+
 def _flatten(images: Images, shape: Shape) -> Float[np.ndarray, 'b p']:
+  _check(images, shape)
+  return images.reshape(len(images), -1).astype(np.float64) / 255
+
+
+def _check(images: Images, shape: Shape) -> None:
   if images.dtype != np.uint8 or images.shape[1:] != tuple(shape):
     raise ValueError(f'Images of {images.dtype}{list(images.shape[1:])} must be '
-                     f'uint8{list(shape)}: this extractor does not resize.')
-  return images.reshape(len(images), -1).astype(np.float64) / 255
+                     f'uint8{list(shape)}: this extractor takes no other size.')
 
 
 def _rounded(x: np.ndarray) -> Float[np.ndarray, '...']:

@@ -72,6 +72,10 @@ class Score:
       raise ValueError(f"weights={self.weights!r} is not one of 'ema', 'raw', 'none'.")
     if not self.model or not self.versions:
       raise ValueError(f'The score {self.name} must name its model and versions.')
+    try:
+      json.dumps([self.settings, self.beside, self.versions], allow_nan=False)
+    except (TypeError, ValueError) as error:
+      raise ValueError(f'The score {self.name} holds what is no JSON ({error}).') from error
     if self.extractor is not None:
       missing = [f for f in ('sha256', 'resize', 'uint8', 'reference', 'reference_samples')
                  if not getattr(self, f)]
@@ -100,7 +104,7 @@ def write_scores(path: str | os.PathLike, scores: list[Score]) -> None:
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise ValueError(f'Two scores are named {twice[0]}; one file holds each name once.')
   fields = {'format': FORMAT, 'scores': [dataclasses.asdict(score) for score in scores]}
-  text = json.dumps(fields, indent=1, allow_nan=False) + '\n'
+  text = json.dumps(fields, indent=1) + '\n'
   with whole(path) as file:
     file.write(text.encode())
 

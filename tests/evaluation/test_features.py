@@ -1,5 +1,7 @@
 """Extractors: names that say what they are, hashes, and order among degraded digits."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -32,7 +34,7 @@ def test_names_hashes_and_dimensions(digits, classifier):
     assert len(extractor.sha256) == 64
     assert features.score_name(extractor) == f'fd_{extractor.name}_{extractor.sha256[:8]}'
     assert extractor(digits[1][0][:5]).shape == (5, extractor.dim)
-    with pytest.raises(ValueError, match='does not resize'):
+    with pytest.raises(ValueError, match='no other size'):
       extractor(np.zeros((2, 9, 8, 1), np.uint8))
     with pytest.raises(ValueError, match='must be uint8'):
       extractor(np.zeros((2, 8, 8, 1), np.float32))
@@ -47,6 +49,31 @@ def test_fits_are_repeatable_and_accurate(digits, classifier):
   assert classifier.accuracy > 0.9  # on images it has not seen
   assert (features.Principal.fit(digits[0][0], 8).sha256
           == features.Principal.fit(digits[0][0], 8).sha256)
+
+
+def test_every_weight_counts_in_the_hash(digits, classifier):
+  for field in ('weights', 'bias'):
+    changed = getattr(classifier, field).copy()
+    changed[-1] += 1
+    assert dataclasses.replace(classifier, **{field: changed}).sha256 != classifier.sha256
+  principal = features.Principal.fit(digits[0][0], 8)
+  changed = principal.components.copy()
+  changed[-1, -1] += 1
+  assert dataclasses.replace(principal, components=changed).sha256 != principal.sha256
+
+
+def test_large_images_are_averaged_and_say_so():
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (20, 128, 96, 3), np.uint8)
+  small = features.shrink(images)
+  assert small.shape == (20, 32, 24, 3)
+  mean = images.reshape(20, 32, 4, 24, 4, 3).mean((2, 4))
+  assert np.abs(small - mean).max() <= 1  # the mean of 4 x 4 pixels, rounded by rows and columns
+  assert features.shrink(small) is small
+  extractor = features.Principal.fit(images, 7)
+  assert (extractor.resize, extractor(images).shape) == ('box_32x24', (20, 7))
+  with pytest.raises(ValueError, match='no other size'):
+    extractor(small)
 
 
 def test_all_principal_components_give_the_pixel_distance(digits):

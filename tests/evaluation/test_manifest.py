@@ -50,6 +50,8 @@ def test_no_field_may_be_left_out(field, tmp_path):
     ({'reference': None, 'reference_samples': None}, 'needs reference, reference_samples'),
     ({'sha256': '1a2b3c4d'}, '64 hex'),
     ({'versions': {}}, 'versions'),
+    ({'beside': {'floor': float('nan')}}, 'JSON'),
+    ({'settings': {'steps': object()}}, 'JSON'),
 ])
 def test_what_a_score_may_not_be(change, message):
   with pytest.raises(ValueError, match=message):
