@@ -109,7 +109,7 @@ class Job:
       say(f'resume: step {step}')
       return state
     with jax.set_mesh(self.mesh):
-      state = jax.jit(init, out_shardings=shardings, compiler_options=_unoptimized())(key)
+      state = jax.jit(init, out_shardings=shardings, compiler_options=unoptimized())(key)
       copied = _initialize(state, init_from) if init_from else set()
       return self._prepare(state, copied)
 
@@ -126,7 +126,7 @@ class Job:
     batch = next(self.batches(0))
     outputs = self.shardings['params'], self.shardings['buffers']
     params, buffers = jax.jit(
-        prepare, out_shardings=outputs, compiler_options=_unoptimized())(
+        prepare, out_shardings=outputs, compiler_options=unoptimized())(
         state['params'], state['buffers'], batch, states.stream(self.experiment.seed, 'prepare'),
         self.tokenizer and self.tokenizer.model)
     keep = lambda path, old, new: old if _join(path) in copied else new  # noqa: E731
@@ -294,7 +294,7 @@ def check(step: int, metrics: dict, names: list[str]) -> None:
       'last checkpoint is good: lower the rate, or look at the batch of this step.')
 
 
-def _unoptimized() -> dict | None:
+def unoptimized() -> dict | None:
   """For programs that run once: on CPU, LLVM takes 15 times longer than the drawing of weights."""
   return {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
 
