@@ -1,0 +1,465 @@
+"""Masked discrete diffusion and MaskGIT: predict hidden tokens from the visible ones, in any order.
+
+MD4 (arXiv 2406.04329) and MDLM (arXiv 2406.07524) hide each token with probability 1 - alpha(t) and
+bound log p(x) by a weighted cross-entropy on the hidden ones; MaskGIT (arXiv 2202.04200) trains the
+same network without the weight and reveals the most confident tokens first. The network is not told
+the time: the best prediction depends on what is visible only, so any sampler below serves any
+trained model, whatever its schedule. MASK is a row of the embedding and never a column of the head.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from smalti.generators import logits as processing, schedules
+from smalti.generators.generator import Generator, GeneratorConfig, Sample, Settings, settings
+from smalti.networks.layers import Embedding, Linear, constrain
+from smalti.networks.transformer import Transformer, TransformerConfig
+from smalti.tokenizers.spec import TokenSpec
+
+# The time below which the bound takes one discrete step to the clean end: w(t) grows like 1/t there
+# and its variance with it. MDLM cuts at the same time and drops the rest; this keeps a bound.
+FLOOR = 1e-3
+ENUMERABLE = 12  # positions whose 2^N masks `elbo` may enumerate
+TOKEN, CHOICE, ORDER = range(3)  # purposes folded into a sample's keys
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class MaskedConfig(GeneratorConfig):
+  """A bidirectional transformer that fills in hidden tokens.
+
+  Args:
+    transformer: with `modulated` the class enters by adaLN, otherwise as a prefix token; `axes` is
+      0, 1 (the raster index) or the number of axes of the flat grid.
+    classes: number of labels; 0 is unconditional.
+    label_dropout: chance per example of training on the null label, which guidance needs.
+    objective: 'elbo' is the likelihood bound, 'maskgit' plain cross-entropy on hidden tokens.
+    schedule: alpha(t) of 'elbo'; any choice has the same bound and another variance.
+    power: of the 'polynomial' schedule.
+    ratio: masked fraction at u ~ U(0, 1) of 'maskgit'.
+    label_smoothing: of 'maskgit' (0.1 in its paper).
+  """
+  transformer: TransformerConfig
+  classes: int = 0
+  label_dropout: float = 0.1
+  objective: Literal['elbo', 'maskgit'] = 'elbo'
+  schedule: Literal['linear', 'cosine', 'polynomial', 'geometric'] = 'linear'
+  power: float = 2.0
+  ratio: Literal['cosine', 'arccos', 'linear'] = 'cosine'
+  label_smoothing: float = 0.1
+
+  def build(self, spec: TokenSpec, *, rngs: nnx.Rngs) -> 'Masked':
+    return Masked(self, spec, rngs=rngs)
+
+
+@settings
+class MaskedSettings(Settings):
+  """How to sample.
+
+  Args:
+    sampler: 'maskgit' reveals the most confident draws first; 'ancestral' reverses the diffusion;
+      'first_hitting' reveals one random position per step, as many steps as codes, and is exact;
+      'halton' spreads the revealed cells over a 2D grid (arXiv 2503.17076).
+    steps: passes over the tokens; not read by 'first_hitting'.
+    grid: of 'ancestral'; 'cosine' is MD4's best for images.
+    temperature: divides the logits; 0 takes the likeliest token.
+    choice_temperature: of 'maskgit', Gumbel noise on the confidence, annealed to 0 (its code: 4.5).
+    top_k, top_p: truncation of every draw; None is off.
+    guidance: s in u + s (c - u), 1 is unguided; None is one pass without the null label.
+    guidance_schedule: see `schedules.guidance`, with its power, start and stop.
+    trace: keep the states on the way, -1 where masked.
+  """
+  sampler: Literal['ancestral', 'maskgit', 'first_hitting', 'halton'] = 'maskgit'
+  steps: int = 12
+  grid: Literal['uniform', 'cosine'] = 'cosine'
+  temperature: float = 1.0
+  choice_temperature: float = 4.5
+  top_k: int | None = None
+  top_p: float | None = None
+  guidance: float | None = None
+  guidance_schedule: Literal['constant', 'linear', 'power_cosine', 'interval'] = 'constant'
+  guidance_power: float = 1.0
+  guidance_start: float = 0.0
+  guidance_stop: float = 1.0
+  trace: bool = False
+
+
+class Masked(Generator):
+  """p(hidden tokens | visible tokens, label), its likelihood bound and its samplers.
+
+  Inside, all codes are one row of N * D positions (the flat view of the spec). With an EOS the
+  bound is over all positions, so that the length is paid for, and two facts are built in: after a
+  visible EOS there are only EOS, before a visible code that is not EOS there is none.
+  """
+
+  settings = MaskedSettings
+
+  def __init__(self, config: MaskedConfig, spec: TokenSpec, *, rngs: nnx.Rngs):
+    self.spec, self.flat, self.classes = spec, spec.view('flat'), config.classes
+    self.objective, self.ratio = config.objective, config.ratio
+    self.label_dropout, self.label_smoothing = config.label_dropout, config.label_smoothing
+    self.schedule = schedules.named(config.schedule, config.power)
+    schedules.ratio(config.ratio, np.ones(1))
+    if config.objective not in ('elbo', 'maskgit'):
+      raise ValueError(f'objective={config.objective!r} is not one of elbo, maskgit.')
+    if not 0 <= config.label_dropout <= 1:
+      raise ValueError(f'label_dropout={config.label_dropout} must be within 0..1.')
+    if not 0 <= config.label_smoothing < 1:
+      raise ValueError(f'label_smoothing={config.label_smoothing} must be at least 0 and below 1.')
+    body = config.transformer
+    if body.modulated and not config.classes:
+      raise ValueError('modulated=True needs classes > 0: the label is what modulates.')
+    if body.axes not in (0, 1, len(self.flat.grid)):
+      raise ValueError(
+          f'axes={body.axes} must be 0, 1 or {len(self.flat.grid)} for the grid {self.flat.grid}.')
+    vocab, width, dtype = self.flat.vocab[0], body.width, body.dtype
+    self.token = Embedding(vocab + 1, width, dtype=dtype, rngs=rngs)  # the last row is MASK
+    # rotations are relative: where all tokens are hidden, only this tells positions apart
+    self.place = Embedding(self.flat.length, width, dtype=dtype, rngs=rngs)
+    self.label = Embedding(  # the last row is the null label
+        config.classes + 1, width, dtype=dtype, rngs=rngs) if config.classes else None
+    self.transformer = Transformer(body, rngs=rngs)
+    self.head = Linear(
+        width, vocab, bias=True, std=0, dtype=dtype, result='float32', rngs=rngs)
+
+  def logits(self, tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n'],
+             labels: Int[Array, 'b'] | None, *, key: Array | None = None, train: bool = False
+             ) -> Float[Array, 'b n v']:
+    """The scores of every code at every position; tokens at masked positions are not read."""
+    x = self.token(jnp.where(masked, self.flat.vocab[0], tokens))
+    x = x + self.place(jnp.arange(self.flat.length))
+    positions = np.arange(self.flat.length)[:, None]
+    if self.transformer.axes > 1:
+      positions = self.flat.coordinates()
+    modulation = None
+    if self.label is not None:
+      label = self.label(labels)
+      if self.transformer.modulated:
+        modulation = label
+      else:  # a prefix at coordinate 0, which does not rotate
+        x = jnp.concatenate([label[:, None], x], 1)
+        positions = np.concatenate([np.zeros_like(positions[:1]), positions])
+    y = self.transformer(x, positions=jnp.asarray(positions), modulation=modulation, key=key,
+                         train=train)
+    return self.head(y[:, -self.flat.length:])
+
+  def allowed(self, tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n']
+              ) -> Bool[Array, 'b n v']:
+    """Which codes a position can hold, given the visible ones."""
+    if self.flat.eos is None:
+      return jnp.ones((*tokens.shape, self.flat.vocab[0]), bool)
+    eos = jnp.arange(self.flat.vocab[0]) == self.flat.eos
+    ended = jnp.cumsum(~masked & (tokens == self.flat.eos), 1) > 0
+    before = jnp.cumsum((~masked & ~ended)[:, ::-1], 1)[:, ::-1] > 0
+    return jnp.where(ended[..., None], eos, ~(eos & before[..., None]))
+
+  def log_probs(self, tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n'],
+                labels: Int[Array, 'b'] | None, *, key: Array | None = None, train: bool = False
+                ) -> Float[Array, 'b n v']:
+    """log p of every code at every masked position, given the visible tokens."""
+    scores = self.logits(tokens, masked, labels, key=key, train=train)
+    scores = constrain(scores, 'b n v')
+    return jax.nn.log_softmax(processing.restrict(scores, self.allowed(tokens, masked)))
+
+  # ---- training and likelihood
+
+  def loss(self, batch: dict[str, Array], *, step: Array, key: Array, train: bool = True
+           ) -> tuple[Array, dict[str, Any]]:
+    """Mean nats per valid token of the bound, or of MaskGIT's cross-entropy per hidden token.
+
+    `metrics`: `nll`, the bound in nats per valid token (unbiased for both objectives),
+    `bits_per_token`, and `accuracy` on hidden tokens. Held-out batches always return the bound, by
+    the estimator of least variance, without label dropout or smoothing.
+    """
+    del step
+    tokens, real, labels = self._read(batch)
+    drop, mask, inner = jax.random.split(key, 3)
+    if train and labels is not None:
+      dropped = jax.random.bernoulli(drop, self.label_dropout, labels.shape)
+      labels = jnp.where(dropped, self.classes, labels)
+    draw = self._count_mask
+    if train:
+      draw = self._time_mask if self.objective == 'elbo' else self._ratio_mask
+    first, second = jax.random.split(mask)
+    masked, weight = draw(second, schedules.stratified(first, len(tokens)), real)
+    logp = self.log_probs(tokens, masked | ~real, labels, key=inner, train=train)
+    nll = _at_masked(logp, tokens, masked)
+    hits = masked & (jnp.argmax(logp, -1) == tokens)
+    hidden = jnp.maximum(masked.sum(), 1)
+    valid = (self.flat.valid(tokens[..., None])[..., 0] & real).sum()
+    bound = (weight * nll.sum(-1)).sum() / valid
+    metrics = {'nll': bound, 'bits_per_token': bound / math.log(2), 'accuracy': hits.sum() / hidden}
+    value, weight = bound, valid
+    if train and self.objective == 'maskgit':
+      possible = jnp.isfinite(logp)
+      even = jnp.where(possible, -logp, 0).sum(-1) / possible.sum(-1)
+      smoothing = self.label_smoothing
+      value = ((1 - smoothing) * nll.sum() + smoothing * (masked * even).sum()) / hidden
+      weight = hidden
+    return value, {'metrics': metrics, 'weight': weight, 'statistics': None}
+
+  def elbo(self, batch: dict[str, Array], *, key: Array | None = None,
+           mode: Literal['count', 'mc', 'enumerate'] = 'count', samples: int = 8,
+           steps: int | None = None) -> Float[Array, 'b']:
+    """A lower bound of log p(tokens | label) per example, in nats, all constants included.
+
+    Args:
+      key: for 'count' and 'mc'; draws are stratified over `samples`.
+      mode: 'count' hides m ~ U{1..N} tokens, weight N / m (low variance; the same for all
+        schedules); 'mc' draws a time of the model's schedule; 'enumerate' is exact, for N <= 12.
+      steps: the bound of a diffusion of so many discrete steps on a uniform grid of times, 'mc' and
+        'enumerate' only; None is the continuous limit, the tightest.
+    """
+    tokens, real, labels = self._read(batch)
+    if mode not in ('count', 'mc', 'enumerate') or (mode == 'count' and steps is not None):
+      raise ValueError(
+          f'mode={mode!r} with steps={steps} is not one of count (without steps), mc, enumerate.')
+    if mode != 'enumerate' and key is None:
+      raise ValueError(f'mode={mode!r} draws masks: give it a key.')
+    constant = jnp.zeros(len(tokens))
+    if mode == 'mc' or steps is not None:
+      # what the schedule leaves visible at t=1 costs log V each; 0 but for 'geometric'
+      rest = self.schedule.alpha(jnp.ones(()))
+      constant = rest * real.sum(-1) * math.log(self.flat.vocab[0])
+    if mode == 'enumerate':
+      masks, weights = self._enumerated(tokens, real, steps)
+    else:
+      masks, weights = (jnp.arange(samples), None)
+
+    def draw(i):
+      first, second = jax.random.split(jax.random.fold_in(key, i))
+      u = (i + jax.random.uniform(first, (len(tokens),))) / samples
+      if mode == 'count':
+        return self._count_mask(second, u, real)
+      return self._time_mask(second, u, real, steps)
+
+    def add(total, x):
+      if mode == 'enumerate':
+        masked, weight = jnp.broadcast_to(x[0], tokens.shape), x[1]
+      else:
+        masked, weight = draw(x[0])
+        weight = weight / samples
+      logp = self.log_probs(tokens, masked | ~real, labels)
+      return total + weight * _at_masked(logp, tokens, masked).sum(-1), None
+
+    total, _ = jax.lax.scan(add, constant, (masks, weights))
+    return -total
+
+  def _read(self, batch: dict[str, Array]) -> tuple[Array, Array, Array | None]:
+    """Flat tokens, which of them are real (all, without `keep`), and labels."""
+    tokens = jnp.asarray(batch['tokens'], jnp.int32)
+    real = jnp.ones(tokens.shape, bool)
+    if 'keep' in batch:
+      real = jnp.broadcast_to(self.spec.mask(batch['keep']), tokens.shape)
+    flat = tokens.reshape(len(tokens), self.flat.length)
+    return flat, real.reshape(flat.shape), self._labels(batch, len(tokens))
+
+  def _labels(self, condition: dict[str, Array] | None, size: int) -> Int[Array, 'b'] | None:
+    """Label per example; negative ones and a missing condition are the null label."""
+    if self.label is None:
+      return None
+    if not condition:
+      return jnp.full(size, self.classes)
+    if 'label' not in condition:
+      raise ValueError(f'classes={self.classes} needs an entry `label`, '
+                       f'got {", ".join(condition) or "none"}.')
+    label = jnp.asarray(condition['label'], jnp.int32)
+    return jnp.where(label < 0, self.classes, label)
+
+  def _time_mask(self, key: Array, u: Float[Array, 'b'], real: Bool[Array, 'b n'],
+                 steps: int | None = None) -> tuple[Bool[Array, 'b n'], Float[Array, 'b']]:
+    """Hides each token with probability 1 - alpha(t), t from u; weight w(t)."""
+    if steps is None:  # [0, FLOOR] is one discrete step, taken with probability FLOOR
+      chance = self.schedule.masked(jnp.maximum(u, FLOOR))
+      weight = jnp.where(u < FLOOR, 1 / FLOOR, self.schedule.weight(jnp.maximum(u, FLOOR)))
+    else:
+      step = jnp.minimum(jnp.floor(u * steps), steps - 1)
+      chance = self.schedule.masked((step + 1) / steps)
+      before = jnp.where(step == 0, 0, self.schedule.masked(step / steps))
+      weight = steps * (chance - before) / chance
+    return (jax.random.uniform(key, real.shape) < chance[:, None]) & real, weight
+
+  def _count_mask(self, key: Array, u: Float[Array, 'b'], real: Bool[Array, 'b n']
+                  ) -> tuple[Bool[Array, 'b n'], Float[Array, 'b']]:
+    """Hides m ~ U{1..n} of the n real tokens; weight n / m."""
+    total = real.sum(-1)
+    count = jnp.clip(1 + jnp.floor(u * total).astype(jnp.int32), 1, jnp.maximum(total, 1))
+    return _subset(key, count, real), total / count
+
+  def _ratio_mask(self, key: Array, u: Float[Array, 'b'], real: Bool[Array, 'b n']
+                  ) -> tuple[Bool[Array, 'b n'], Float[Array, 'b']]:
+    """Hides m = ceil(gamma(u) n) tokens; weight 1 / (m q(m)), which makes the sum the bound."""
+    total = jnp.maximum(real.sum(-1), 1)
+    count = jnp.ceil(schedules.ratio(self.ratio, u) * total)
+    count = jnp.clip(count, 1, total)
+    inverse = {'cosine': lambda g: jnp.arccos(g) * 2 / math.pi,
+               'arccos': lambda g: jnp.cos(math.pi / 2 * g), 'linear': lambda g: 1 - g}
+    chance = inverse[self.ratio]((count - 1) / total) - inverse[self.ratio](
+        count / total)
+    return _subset(key, count.astype(jnp.int32), real), 1 / (count * chance)
+
+  def _enumerated(self, tokens: Array, real: Bool[Array, 'b n'], steps: int | None
+                  ) -> tuple[Bool[Array, 'm n'], Float[Array, 'm b']]:
+    """All masks, and the weight of each for each example."""
+    length = self.flat.length
+    if length > ENUMERABLE:
+      raise ValueError(f"mode='enumerate' is for {ENUMERABLE} positions at most, "
+                       f"got {length}; use 'count'.")
+    masks = (np.arange(1, 2**length)[:, None] >> np.arange(length)) & 1 == 1
+    size = jnp.asarray(masks.sum(-1))[:, None]
+    total = real.sum(-1)
+    if steps is None:
+      choose = np.array([[math.comb(n, m) for m in range(length + 1)] for n in range(length + 1)])
+      weight = 1 / (size * jnp.maximum(jnp.asarray(choose)[total, size], 1))
+    else:
+      masked = self.schedule.masked(jnp.arange(1, steps + 1) / steps)
+      before = jnp.concatenate([jnp.zeros(1), masked[:-1]])
+      factor, chance = ((masked - before) / masked)[:, None, None], masked[:, None, None]
+      weight = (factor * chance**size * (1 - chance) ** jnp.maximum(total - size, 0)).sum(0)
+    inside = ~(masks[:, None] & ~real).any(-1)
+    return jnp.asarray(masks), jnp.where(inside, weight, 0)
+
+  # ---- sampling
+
+  def sample(self, condition: dict[str, Array] | None, *, keys: Array, settings: MaskedSettings,
+             known: Int[Array, 'b n d'] | None = None,
+             known_mask: Bool[Array, 'b n d'] | None = None) -> Sample:
+    """Draws tokens, given `label` and any known tokens, which come back unchanged.
+
+    `exact` is True where the draw is from the model's own conditional given the known tokens (with
+    each prediction reshaped by temperature, truncation and guidance): with 'first_hitting', or
+    where one token or none is unknown, unless a known EOS forbids an earlier one.
+    """
+    size, length = keys.shape[0], self.flat.length
+    if (known is None) != (known_mask is None):
+      raise ValueError('known and known_mask go together: give both or neither.')
+    if self.label is None and condition and 'label' in condition:
+      raise ValueError('This model was built with classes=0; sample it without a label.')
+    guided = settings.guidance is not None
+    if guided and (self.label is None or not condition):
+      raise ValueError('guidance needs a model with classes and a condition with `label`.')
+    labels = self._labels(condition, size)
+    given = (jnp.zeros((size, length), jnp.int32) if known is None
+             else jnp.asarray(known, jnp.int32).reshape(size, length))
+    unknown = (jnp.ones((size, length), bool) if known_mask is None
+               else ~jnp.asarray(known_mask, bool).reshape(size, length))
+    forbidden = self._before_known_end(given, unknown)
+    plan, order = self._plan(settings, keys, unknown)
+
+    def step(state, now):
+      tokens, masked = state
+      draws = _fold(keys, now['step'])
+      scores = self._scores(tokens, masked, labels, now['guidance'] if guided else None)
+      scores = processing.restrict(scores, self.allowed(tokens, masked))
+      if forbidden is not None:
+        scores = processing.restrict(
+            scores, ~forbidden[..., None] | (jnp.arange(scores.shape[-1]) != self.flat.eos))
+      shaped = processing.process(scores, temperature=settings.temperature, top_k=settings.top_k,
+                                  top_p=settings.top_p)
+      fresh = processing.draw(shaped, _fold(draws, TOKEN))
+      tokens = jnp.where(masked, fresh, tokens)  # known and revealed tokens are never touched
+      if settings.sampler == 'ancestral':
+        coin = jax.vmap(lambda k: jax.random.uniform(k, (length,)))(_fold(draws, CHOICE))
+        masked = masked & (coin >= now['chance'])
+      else:
+        if order is None:
+          # at temperature 0 every drawn token has probability 1: fall back on the raw one
+          sure = jax.nn.log_softmax(jnp.where(settings.temperature > 0, shaped, scores))
+          sure = jnp.take_along_axis(sure, tokens[..., None], -1)[..., 0]
+          noise = jax.vmap(lambda k: jax.random.gumbel(k, (length,), mode='high'))(
+              _fold(draws, CHOICE))
+          rank = _rank(jnp.where(
+              masked, sure + settings.choice_temperature * now['anneal'] * noise, jnp.inf))
+        else:
+          rank = order
+        masked = masked & (rank < now['left'][:, None])
+      return (tokens, masked), jnp.where(masked, -1, tokens) if settings.trace else None
+
+    (tokens, _), states = jax.lax.scan(step, (given, unknown), plan)
+    tokens = self.flat.canonical(tokens[..., None])[..., 0]
+    tokens = jnp.where(unknown, tokens, given)
+    exact = (unknown.sum(-1) <= 1) | (settings.sampler == 'first_hitting')
+    if forbidden is not None:
+      exact = exact & ~(forbidden & unknown).any(-1)
+    passes = len(plan['step']) * (2 if guided else 1)
+    shape = (size, self.spec.length, self.spec.depth)
+    return Sample(tokens=tokens.reshape(shape), nfe=passes, exact=exact,
+                  steps=states.reshape(-1, *shape) if settings.trace else None)
+
+  def _plan(self, settings: MaskedSettings, keys: Array, unknown: Bool[Array, 'b n']
+            ) -> tuple[dict[str, Array], Int[Array, 'b n'] | None]:
+    """Per-step arrays, and the rank of every position where the order is fixed beforehand."""
+    total, length = unknown.sum(-1), self.flat.length
+    steps = length if settings.sampler == 'first_hitting' else settings.steps
+    if steps < 1:
+      raise ValueError(f'{steps=} must be at least 1.')
+    plan, order = {'step': jnp.arange(steps)}, None
+    if settings.guidance is not None:
+      plan['guidance'] = schedules.guidance(
+          settings.guidance_schedule, settings.guidance, steps, power=settings.guidance_power,
+          start=settings.guidance_start, stop=settings.guidance_stop)
+    if settings.sampler == 'ancestral':
+      plan['chance'] = jnp.asarray(schedules.unmasking(settings.grid, steps))
+    elif settings.sampler == 'maskgit':
+      plan['left'] = schedules.remaining('cosine', steps, total)
+      plan['anneal'] = 1 - jnp.arange(1, steps + 1) / steps
+    elif settings.sampler == 'first_hitting':
+      plan['left'] = jnp.maximum(total - 1 - jnp.arange(steps)[:, None], 0)
+      order = jax.vmap(lambda k: jax.random.permutation(k, length))(_fold(_fold(keys, 0), ORDER))
+    elif settings.sampler == 'halton':
+      if len(self.flat.grid) != 2:
+        raise ValueError(f"sampler='halton' needs a 2D grid, got {self.flat.grid}; use 'maskgit'.")
+      plan['left'] = schedules.remaining('arccos', steps, total, rounding='revealed')
+      order = jnp.broadcast_to(
+          length - 1 - np.argsort(schedules.halton(self.flat.grid)), unknown.shape)
+    else:
+      raise ValueError(f'sampler={settings.sampler!r} is not one of ancestral, maskgit, '
+                       'first_hitting, halton.')
+    if order is not None:  # known positions rank last, so that counts are over unknown ones
+      order = _rank(jnp.where(unknown, order, length))
+    return plan, order
+
+  def _scores(self, tokens: Array, masked: Array, labels: Array | None, scale: Array | None
+              ) -> Float[Array, 'b n v']:
+    """Logits, guided in one pass over [c0, u0, c1, u1, ...], whole on every device."""
+    if scale is None:
+      return constrain(self.logits(tokens, masked, labels), 'b n c')
+    null = jnp.full_like(labels, self.classes)
+    both = self.logits(jnp.repeat(tokens, 2, 0), jnp.repeat(masked, 2, 0),
+                       jnp.stack([labels, null], 1).reshape(-1))
+    both = constrain(both, 'b n c').reshape(len(tokens), 2, *both.shape[1:])
+    return processing.guide(both[:, 0], both[:, 1], scale)
+
+  def _before_known_end(self, given: Array, unknown: Array) -> Bool[Array, 'b n'] | None:
+    """Where a known EOS further on says that the string has not ended yet."""
+    if self.flat.eos is None:
+      return None
+    end = ~unknown & (given == self.flat.eos)
+    return end.any(-1, keepdims=True) & (jnp.cumsum(end, 1) == 0)
+
+
+def _fold(keys: Array, data: Array | int) -> Array:
+  return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+
+
+def _rank(score: Float[Array, 'b n'] | Int[Array, 'b n']) -> Int[Array, 'b n']:
+  """The place of every entry when the row is sorted; ties have places of their own."""
+  return jnp.argsort(jnp.argsort(score, -1), -1)
+
+
+def _subset(key: Array, count: Int[Array, 'b'], real: Bool[Array, 'b n']) -> Bool[Array, 'b n']:
+  """`count` of the real positions of every row, uniformly."""
+  score = jnp.where(real, jax.random.uniform(key, real.shape), 2)
+  return (_rank(score) < count[:, None]) & real
+
+
+def _at_masked(logp: Float[Array, 'b n v'], tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n']
+               ) -> Float[Array, 'b n']:
+  """-log p of the true token at masked positions, 0 elsewhere."""
+  return jnp.where(masked, -jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0], 0)
