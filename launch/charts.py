@@ -28,10 +28,11 @@ class Line:
   held_out: bool = False
 
 
-def chart(title: str, lines: Sequence[Line], identity: str) -> str:
+def chart(title: str, lines: Sequence[Line], identity: str, *, linear: bool = False) -> str:
   """A figure of HTML: title, legend with the last values, and the drawing.
 
-  The vertical axis is logarithmic where all values are positive and span a factor of 30.
+  The vertical axis is logarithmic where all values are positive and span a factor of 30, unless
+  `linear`.
 
   Args:
     identity: unique within the page; element ids begin with it.
@@ -44,7 +45,7 @@ def chart(title: str, lines: Sequence[Line], identity: str) -> str:
       f'{html.escape(line.name)} <b>{number(line.values[-1])}</b></li>'
       for i, line in enumerate(lines))
   return (f'<figure class="chart"><figcaption><h4>{html.escape(title)}</h4><ul>{legend}</ul>'
-          f'</figcaption>{_svg(title, lines, identity)}</figure>')
+          f'</figcaption>{_svg(title, lines, identity, linear)}</figure>')
 
 
 def number(value: float) -> str:
@@ -58,7 +59,7 @@ def number(value: float) -> str:
   return f'{value:.4g}'
 
 
-def _svg(title: str, lines: Sequence[Line], identity: str) -> str:
+def _svg(title: str, lines: Sequence[Line], identity: str, linear: bool) -> str:
   import matplotlib  # half a second, for this verb alone
   from matplotlib.figure import Figure
   from matplotlib.ticker import EngFormatter, LogFormatterSciNotation, MaxNLocator, NullFormatter
@@ -85,8 +86,8 @@ def _svg(title: str, lines: Sequence[Line], identity: str) -> str:
     axes.margins(x=0.01, y=0.08)
     low, high = values.min(), values.max()
     if high - low <= 1e-9 * abs(high):  # a constant, in the middle of an honest range
-      axes.set_ylim(*sorted((0, 2 * high)) if high else (-1, 1))
-    if low > 0 and high > 30 * low:
+      axes.set_ylim(*sorted((0, 2 * high)) if high else (0, 1))
+    if low > 0 and high > 30 * low and not linear:
       axes.set_yscale('log')
       axes.yaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False))
       axes.yaxis.set_minor_formatter(NullFormatter())

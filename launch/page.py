@@ -54,6 +54,8 @@ figure{margin:0}
 .chart svg{display:block;width:100%;height:auto;margin-top:.3rem;color:var(--quiet);
   overflow:visible}
 .chart svg text{font-family:inherit;font-size:8.5px}
+.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));
+  gap:0 1.6rem}
 .picture{margin:0 0 1.4rem}
 .picture img,.strip img{display:block;image-rendering:pixelated;border-radius:4px}
 .picture img{max-width:100%;height:auto}

@@ -7,7 +7,6 @@ Pieces that a run does not have are left out; pieces that cannot be read are nam
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import re
@@ -19,44 +18,25 @@ import numpy as np
 from PIL import Image
 
 import smalti
-from smalti.evaluation.manifest import Score, read_scores
 from smalti.launch import charts, cli, page
+from smalti.launch.history import Path, Run, natural, read, step_of
 from smalti.launch.progress import say
 
 TITLES = {
     'rate': 'Learning rate', 'gradient_norm': 'Gradient norm', 'examples/second':
     'Examples per second', 'seconds/step': 'Seconds per step', 'seconds/data':
-    'Seconds of a step waiting for data', 'psnr': 'PSNR'}
+    'Seconds of a step waiting for data', 'psnr': 'PSNR', 'mse': 'MSE'}
 # Sections of charts, by the beginning of a metric's name; what matches none is 'Learning'.
 SECTIONS = {
     'Learning': (),
     'Codes': ('usage', 'perplexity', 'entropy', 'dead', 'saturation', 'codes', 'distinct'),
     'Running': ('rate', 'gradient_norm', 'examples/', 'seconds/')}
-Path = str | os.PathLike
-PICTURES = ('samples', 'reconstructions')
 LOWER = ('loss', 'bits_per_token', 'reconstruction')  # of which the smallest is the best
 EARLIER = 24  # pictures of earlier steps that are shown
 ARROWS = {True: ' ↑', False: ' ↓', None: ''}
 # What scores of two runs must share to be ranked.
 ALIKE = ('unit', 'samples', 'uint8', 'sha256', 'resize', 'reference', 'reference_samples')
 FULL = 720  # CSS pixels that a small grid is enlarged to, about
-
-
-@dataclasses.dataclass
-class Run:
-  """What a run folder holds, as far as it can be read.
-
-  Attributes:
-    metrics: (steps, values) by name, without non-finite values.
-    pictures: paths by kind, the newest step last.
-    notes: what was left out, in plain words.
-  """
-  title: str
-  config: dict[str, Any]
-  metrics: dict[str, tuple[np.ndarray, np.ndarray]]
-  scores: list[Score]
-  pictures: dict[str, list[pathlib.Path]]
-  notes: list[str]
 
 
 def write_report(out: Path, runs: Sequence[tuple[str, Path]] | None = None, *,
@@ -87,63 +67,6 @@ def write_report(out: Path, runs: Sequence[tuple[str, Path]] | None = None, *,
   part.write_text(text, encoding='utf-8')
   os.replace(part, folder / 'index.html')
   return folder / 'index.html'
-
-
-def read(title: str, workdir: Path) -> Run:
-  """Reads a run folder; what is missing stays empty, what is damaged becomes a note."""
-  workdir = pathlib.Path(workdir)
-  if not workdir.is_dir():
-    raise FileNotFoundError(f'{workdir} is no folder; give the --workdir of a run.')
-  notes: list[str] = []
-  config = {}
-  if (workdir / 'config.json').exists():
-    try:
-      config = json.loads((workdir / 'config.json').read_text(encoding='utf-8'))
-      config = dict(config.get('experiment', config))
-    except (ValueError, AttributeError, TypeError) as error:
-      config = {}
-      notes.append(f'config.json could not be read ({error}).')
-  scores = []
-  for path in sorted(workdir.glob('scores*.json')):
-    try:
-      scores += read_scores(path)
-    except ValueError as error:
-      notes.append(f'{path.name} could not be read ({str(error).replace(str(path), path.name)}).')
-  pictures = {kind: sorted((workdir / kind).glob('*.png'), key=_step) for kind in PICTURES}
-  metrics = read_metrics(workdir / 'metrics.jsonl', notes)
-  return Run(title, config, metrics, scores, pictures, notes)
-
-
-def read_metrics(path: pathlib.Path, notes: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-  """(steps, values) of every metric; unreadable lines and non-finite values become notes."""
-  if not path.exists():
-    return {}
-  values: dict[str, dict[int, float]] = {}
-  unreadable, unbounded = 0, {}
-  with open(path, encoding='utf-8', errors='replace') as file:
-    for text in file:
-      try:
-        line = json.loads(text)
-        step = int(line.pop('step'))
-      except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        unreadable += bool(text.strip())
-        continue
-      for name, value in line.items():
-        try:
-          value = float(value)  # non-finite numbers are strings in this file
-        except (ValueError, TypeError, OverflowError):
-          continue
-        if math.isfinite(value):
-          values.setdefault(name, {})[step] = value
-        else:
-          unbounded.setdefault(name, step)
-  if unreadable:
-    notes.append(f'metrics.jsonl: {unreadable} unreadable '
-                 f'line{"s were" if unreadable > 1 else " was"} left out.')
-  notes += [f'{name} was not finite, first at step {step:,}; such points are left out.'
-            for name, step in unbounded.items()]
-  return {name: (np.array(sorted(points)), np.array([points[s] for s in sorted(points)]))
-          for name, points in values.items()}
 
 
 def _section(run: Run, identity: str, folder: pathlib.Path, alone: bool) -> str:
@@ -207,15 +130,17 @@ def _pictures(run: Run, identity: str, folder: pathlib.Path) -> str:
              if (found := _copy(path, f'{identity}-{kind}', folder, run.notes))]
     if not shown:
       continue
-    newest = [row for row in shown if _step(row[0])[0] == _step(shown[-1][0])[0]]
+    newest = [row for row in shown if step_of(row[0])[0] == step_of(shown[-1][0])[0]]
     earlier = [row for row in shown if row not in newest][-EARLIER:]
-    out += f'<h3>{kind.capitalize()}</h3>'
+    beside = len(newest) > 1 and all(width <= FULL for _, _, (width, _) in newest)
+    out += f'<h3>{kind.capitalize()}</h3><div{" class=pictures" if beside else ""}>'
     for path, link, (width, height) in newest:
       factor = max(1, FULL // width)
       out += (f'<figure class="picture"><a href="{link}"><img src="{link}" '
               f'width="{width * factor}" height="{height * factor}" '
               f'alt="{page.escape(kind)}, {page.escape(path.stem)}"></a>'
               f'<figcaption>{_caption(path, kind)}</figcaption></figure>')
+    out += '</div>'
     if earlier:
       out += '<div class="strip">' + ''.join(
           f'<figure><a href="{link}"><img src="{link}" width="{width}" height="{height}" '
@@ -246,43 +171,51 @@ def _caption(path: pathlib.Path, kind: str) -> str:
   said = ['inputs above what the tokenizer makes of them'] if kind == 'reconstructions' else []
   try:
     item = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
-    flat = _flatten({**item, **dict(item.get('settings') or {})})
+    flat = {**item, **dict(item.get('settings') or {})}
   except (OSError, ValueError, TypeError, AttributeError):
     flat = {}
-  ignored = ('format', 'version', 'type', 'generator', 'fingerprint', 'settings')
-  said += [f'{name} {value}' for name, value in flat.items()
-           if name.split('.')[0] not in ignored and value is not None]
+  said += [_said(flat)] if flat else []
   return f'<b>{page.escape(path.stem)}</b> {page.escape(" · ".join(said))}'
 
 
 def _scores(run: Run) -> str:
-  """A table of scores, each with what it means and how it was made."""
-  if not run.scores:
-    return ''
-  rows = []
-  for score in run.scores:
-    beside = [f'{name.replace("_", " ")} {_plain(value)}' for name, value in score.beside.items()]
-    against = score.reference or ''
-    if score.reference_samples:
-      against += f' ({score.reference_samples:,})'
-    extractor = (f'{score.extractor} {score.sha256[:8]}, resize {score.resize}'
-                 if score.extractor else '')
-    rows.append([
-        _breakable(score.name),
-        f'<span class="value">{charts.number(score.value)} '
-        f'<small>{page.escape(score.unit)}{ARROWS[score.higher_is_better]}</small></span>',
-        page.escape(', '.join(beside)), f'{score.samples:,}',
-        page.escape(', '.join(map(str, score.seeds))), page.escape(extractor),
-        f'<span class="quiet">{page.escape(against)}</span>'])
-  head = ('Score', 'Value', 'Beside', 'Examples', 'Seeds', 'Extractor', 'Reference')
-  manifest = json.dumps([dataclasses.asdict(score) for score in run.scores], indent=1)
-  return (f'<h3>Scores</h3>{page.table(head, rows)}<details><summary>All that is needed to make '
-          f'them again</summary><pre>{page.escape(manifest)}</pre></details>')
+  """Tables of scores, each score with what it means and how it was made."""
+  out = ''
+  for label, scores in run.scores.items():
+    if not scores:
+      continue
+    rows = []
+    for score in scores:
+      beside = [f'{name.replace("_", " ")} {_plain(value)}' for name, value in score.beside.items()]
+      against = score.reference or ''
+      if score.reference_samples:
+        against += f' ({score.reference_samples:,})'
+      extractor = (f'{score.extractor} {score.sha256[:8]}, resize {score.resize}'
+                   if score.extractor else '')
+      rows.append([
+          _breakable(score.name),
+          f'<span class="value">{charts.number(score.value)} '
+          f'<small>{page.escape(score.unit)}{ARROWS[score.higher_is_better]}</small></span>',
+          page.escape(', '.join(beside)), f'{score.samples:,}',
+          page.escape(', '.join(map(str, score.seeds))), page.escape(extractor),
+          f'<span class="quiet">{page.escape(against)}</span>'])
+    head = ('Score', 'Value', 'Beside', 'Examples', 'Seeds', 'Extractor', 'Reference')
+    manifest = json.dumps([dataclasses.asdict(score) for score in scores], indent=1)
+    settings = _said(scores[0].settings)
+    about = f'<p class="about">Sampled with {page.escape(settings)}.</p>' if settings else ''
+    out += (f'<h3>{page.escape(f"Scores, {label}" if label else "Scores")}</h3>{about}'
+            f'{page.table(head, rows)}<details><summary>All that is needed to make them again'
+            f'</summary><pre>{page.escape(manifest)}</pre></details>')
+  return out
 
 
 def _side_by_side(runs: Sequence[Run]) -> str:
   """Scores that several runs share; the better is marked only where they compare."""
-  columns = [{score.name: score for score in run.scores} for run in runs]
+  heads, columns = [], []
+  for run in runs:
+    for label, scores in run.scores.items():
+      heads.append(f'{run.title}, {label}' if label else run.title)
+      columns.append({score.name: score for score in scores})
   rows = []
   for name in dict.fromkeys(name for scores in columns for name in scores):
     found = [scores.get(name) for scores in columns]
@@ -300,10 +233,11 @@ def _side_by_side(runs: Sequence[Run]) -> str:
     remark = f'not ranked: unlike {", ".join(unlike)}' if unlike else ''
     rows.append([_breakable(name) + ARROWS[better], *cells,
                  f'<span class="quiet">{page.escape(remark)}</span>'])
-  if not rows:
+  if len(runs) < 2 or not rows:
     return ''
-  keep = [0, *[i + 1 for i in range(len(runs)) if any(row[i + 1] for row in rows)], len(runs) + 1]
-  head = ['Score', *[page.escape(run.title) for run in runs], '']
+  used = [i for i in range(len(columns)) if any(row[i + 1] for row in rows)]
+  keep = [0, *[i + 1 for i in used], len(columns) + 1]
+  head = ['Score', *map(page.escape, heads), '']
   return '<h3>Side by side</h3>' + page.table(
       [head[i] for i in keep], [[row[i] for i in keep] for row in rows])
 
@@ -312,7 +246,7 @@ def _charts(run: Run, identity: str) -> str:
   """Charts of all metrics: training and held-out values of one name share a chart."""
   groups: dict[str, list[charts.Line]] = {}
   bases = [_base(name) for name in run.metrics]
-  for name, (steps, values) in sorted(run.metrics.items(), key=lambda x: _natural(x[0])):
+  for name, (steps, values) in sorted(run.metrics.items(), key=lambda x: natural(x[0])):
     if len(steps) < 2 or name == 'eval/examples':
       continue
     base, index = _base(name)
@@ -333,7 +267,8 @@ def _charts(run: Run, identity: str) -> str:
     if section == 'Running':
       for line in lines:
         line.name = ''
-    sections[section].append(charts.chart(_title(name), lines, f'{identity}-chart{i}'))
+    sections[section].append(charts.chart(
+        _title(name), lines, f'{identity}-chart{i}', linear=name == 'rate'))
   return ''.join(f'<h3>{title}</h3><div class="charts">{"".join(figures)}</div>'
                  for title, figures in sections.items() if figures)
 
@@ -362,6 +297,13 @@ def _flatten(tree: Any, path: str = '') -> dict[str, Any]:
   return out
 
 
+def _said(settings: dict[str, Any]) -> str:
+  """Settings in a line, without those that are off and without identities."""
+  ignored = ('format', 'version', 'type', 'generator', 'fingerprint', 'settings')
+  return ' · '.join(f'{name} {_plain(value)}' for name, value in _flatten(settings).items()
+                    if name.split('.')[0] not in ignored and value is not None)
+
+
 def _breakable(name: str) -> str:
   return page.escape(name).replace('_', '_<wbr>')
 
@@ -383,16 +325,6 @@ def _base(name: str) -> tuple[str, str | None]:
   plain = name.removeprefix('eval/')
   match = re.fullmatch(r'(.+?)[/_](?:depth|level)?_?(\d+)', plain)
   return (match[1], match[2]) if match else (plain, None)
-
-
-def _step(path: pathlib.Path) -> tuple:
-  """The step in a file's name, then the name: 'step500.png' before 'step1000_seed0.png'."""
-  match = re.search(r'step_?(\d+)', path.stem)
-  return (int(match[1]) if match else -1, _natural(path.stem))
-
-
-def _natural(text: str) -> list:
-  return [(1, int(x), '') if x.isdecimal() else (0, 0, x) for x in re.split(r'(\d+)', text)]
 
 
 def _duration(seconds: float) -> str:

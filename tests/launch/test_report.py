@@ -109,6 +109,7 @@ def test_a_whole_run(run):
   page = Page(path).check()
   for text in ('Loss', 'held out', 'Learning rate', 'Usage', 'Samples', 'Reconstructions',
                'class_agreement', '0.875', 'floor 0.25', 'model.width', 'temperature 0.5',
+               'Sampled with steps 4.',
                'Autoencoder on Digits, 20 steps, 64 examples per step', '10 s',
                '1 unreadable line was left out', 'loss was not finite, first at step 21'):
     assert text in page.text, text
@@ -125,7 +126,7 @@ def test_several_runs_on_one_page(run, tmp_path):
   shutil.copytree(run, other)
   write_scores(other / 'scores.json', [
       score('class_agreement', .5), score('copies', .1, higher_is_better=False, samples=9)])
-  write_scores(run / 'scores_more.json', [score('copies', .2, higher_is_better=False)])
+  write_scores(run / 'scores_guided.json', [score('copies', .2, higher_is_better=False)])
   path = report.write_report(tmp_path / 'demo', [('First', run), ('Second', other)],
                              title='Both', text='One.\n\nTwo.')
   page = Page(path).check()
@@ -134,6 +135,7 @@ def test_several_runs_on_one_page(run, tmp_path):
   table = page.source[page.source.index('Side by side'):page.source.index('</table>')]
   assert table.count('value best') == 1  # class_agreement is ranked,
   assert '<span class="value best">0.875' in table
+  assert '<th scope="col">First, guided</th>' in table and 'Scores, guided' in page.text
   assert 'not ranked: unlike samples' in table  # copies of 9 and of 64 samples are not
 
 
