@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from smalti.networks.layers import Linear, RMSNorm, constrain, dropout, rotate, rotation
 
+Rotations = tuple[Float[Array, '*b n f'], Float[Array, '*b n f']]
 Cache = list[tuple[Float[Array, 'b k t f'], Float[Array, 'b k t f']]]
 
 
@@ -58,8 +59,9 @@ class Attention(nnx.Module):
 
   def __call__(self, x: Float[Array, 'b n c'], *, table: Any, causal: bool, mask: Array | None,
                cache: Any = None, index: Array | None = None) -> tuple[Array, Any]:
-    query = self.query(x, 'bnc,ckf->bknf')
-    key, value = self.key_value(x, 'bnc,cpkf->pbknf')
+    # transposed after the product: an einsum to 'bknf' transposes the weights, for every token
+    query = jnp.swapaxes(self.query(x), 1, 2)
+    key, value = (jnp.swapaxes(y, 1, 2) for y in jnp.moveaxis(self.key_value(x), 2, 0))
     if self.query_norm is not None:
       query, key = self.query_norm(query), self.key_norm(key)
     if table is not None:
@@ -68,7 +70,7 @@ class Attention(nnx.Module):
     if cache is not None:
       key, value = cache = tuple(write(c, y, index) for c, y in zip(cache, (key, value)))
     y = attend(query, key, value, allowed(query, key, causal, mask, index))
-    return self.out(y, 'bknf,kfc->bnc'), cache
+    return self.out(jnp.swapaxes(y, 1, 2)), cache
 
 
 class Block(nnx.Module):
@@ -123,14 +125,16 @@ class Transformer(nnx.Module):
     self.modulation = Linear(
         config.width, 2 * config.width, bias=True, std=0, rngs=rngs) if config.modulated else None
 
-  def __call__(self, x: Float[Array, 'b n c'], *, positions: Int[Array, '*b n a'] | None = None,
-               causal: bool = False, mask: Bool[Array, 'b n'] | None = None,
+  def __call__(self, x: Float[Array, 'b n c'], *,
+               positions: Int[Array, '*b n a'] | Rotations | None = None, causal: bool = False,
+               mask: Bool[Array, 'b n'] | None = None,
                modulation: Float[Array, 'b c'] | None = None, key: Array | None = None,
                train: bool = False) -> Float[Array, 'b n c']:
     """All positions at once.
 
     Args:
-      positions: the coordinates that rotate queries and keys; unused (may be None) for axes=0.
+      positions: the coordinates that rotate queries and keys, or `rotations` of them; unused (may
+        be None) for axes=0.
       causal: position i attends to 0..i only.
       mask: which positions may be attended to; each may always attend to itself.
       modulation: the condition vector of adaLN, needed if and only if the config is modulated.
@@ -141,7 +145,7 @@ class Transformer(nnx.Module):
       raise ValueError(f'Training with dropout={self.dropout} needs a key.')
     key = key if train and self.dropout else None
     graph, params = nnx.split(self.blocks)
-    table = self._table(positions)
+    table = self.rotations(positions)
 
     def body(x, layer):
       params, i = layer
@@ -162,6 +166,11 @@ class Transformer(nnx.Module):
     return [(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
             for _ in range(self.layers)]
 
+  def grow(self, cache: Cache, length: int) -> Cache:
+    """The cache with room for `length` positions: a loop over short caches reads less."""
+    return [tuple(jnp.pad(entry, [(0, 0), (0, 0), (0, length - entry.shape[2]), (0, 0)])
+                  for entry in layer) for layer in cache]
+
   def unstack(self) -> list[Block]:
     """The blocks one by one; call it once, outside the token loop."""
     graph, params = nnx.split(self.blocks)
@@ -169,9 +178,10 @@ class Transformer(nnx.Module):
             for i in range(self.layers)]
 
   def extend(self, x: Float[Array, 'b m c'], cache: Cache, *,
-             positions: Int[Array, '*b m a'] | None = None, index: Int[Array, '*b'] | int = 0,
-             mask: Bool[Array, 'b t'] | None = None, modulation: Float[Array, 'b c'] | None = None,
-             layers: list[Block] | None = None) -> tuple[Float[Array, 'b m c'], Cache]:
+             positions: Int[Array, '*b m a'] | Rotations | None = None,
+             index: Int[Array, '*b'] | int = 0, mask: Bool[Array, 'b t'] | None = None,
+             modulation: Float[Array, 'b c'] | None = None, layers: list[Block] | None = None
+             ) -> tuple[Float[Array, 'b m c'], Cache]:
     """Causal decoding: writes m entries at `index` and attends to all entries up to its own.
 
     Args:
@@ -180,7 +190,7 @@ class Transformer(nnx.Module):
       layers: `unstack()`, sliced once.
     """
     self._check_modulation(modulation)
-    table, x = self._table(positions), constrain(x.astype(self.dtype), 'b n c')
+    table, x = self.rotations(positions), constrain(x.astype(self.dtype), 'b n c')
     written = []
     for block, entry in zip(self.unstack() if layers is None else layers, cache, strict=True):
       x, entry = block(x, modulation=modulation, table=table, causal=True, mask=mask, cache=entry,
@@ -188,9 +198,10 @@ class Transformer(nnx.Module):
       written.append(entry)
     return self._last(x, modulation), written
 
-  def _table(self, positions: Array | None) -> tuple[Array, Array] | None:
-    if not self.axes:
-      return None
+  def rotations(self, positions: Int[Array, '*b n a'] | Rotations | None) -> Rotations | None:
+    """(cos, sin) of positions; made once, outside the token loop, they need no cosines in it."""
+    if isinstance(positions, tuple) or not self.axes:
+      return positions if self.axes else None
     if positions is None or positions.shape[-1] != self.axes:
       raise ValueError(
           f'positions of shape {getattr(positions, "shape", None)} must end in '
