@@ -42,7 +42,7 @@ def demo(workdir: pathlib.Path, size: str = 'base', *, results: pathlib.Path | N
   images = experiment.data.open('eval').read(np.arange(64))['image']
   remade, _ = reconstruct(tokenizer, images)
   pictures.save_grid(tokenizer_run / 'reconstructions' / f'step{tokenizer.step}.png',
-                     pairs(images, remade, 16), columns=16)
+                     pairs(images, remade, 16), columns=16, band=2)
   tables = {'digits_vq': scoring.evaluate(str(tokenizer_run))}
   for i, (name, title) in enumerate(KINDS.items(), 2):
     say(f'{i}/3  {title} over its tokens')
@@ -53,7 +53,7 @@ def demo(workdir: pathlib.Path, size: str = 'base', *, results: pathlib.Path | N
       tables[f'{name} {label}'.strip()] = _sample_and_score(
           workdir / name, tokenizer, label, overrides)
   training = [('Tokenizer', tokenizer_run)] + [(t, workdir / n) for n, t in KINDS.items()]
-  page = report.write_report(workdir, training, text=_words(tables))
+  page = report.write_report(workdir, training, title='smalti demo', text=_words(tables))
   seconds = time.perf_counter() - begin
   if results is not None:
     provenance.record(results, f'smalti demo --workdir={workdir}', {

@@ -130,7 +130,7 @@ def evaluate_generator(loaded: runs.Loaded, tokenizer: runs.Loaded, scores: Scor
   for name, tokens, split in zip(('train', 'held_out'), real, (train, held_out)):
     bits, error, kind = bits_per_token(
         loaded, tokens, split.labels if conditional else None, key=key)
-    scores.add(f'bits_per_token_{name}', bits, unit=f'bits per token ({kind})', higher=False,
+    scores.add(f'bits_per_token_{name}', bits, unit='bits per token', higher=False, likelihood=kind,
                samples=len(tokens), reference=split.fingerprint, reference_samples=len(tokens),
                standard_error=error, unigram=unigram, positional_unigram=positional)
   copied = memorization.copies(samples.tokens, *real)
@@ -157,10 +157,12 @@ def evaluate_samples(scores: Scores, images: np.ndarray, labels: np.ndarray | No
              reference_samples=len(train.images),
              floor_held_out=float(frechet.frechet_distance(moments[2], moments[1])),
              floor_samples=len(held_out.images))
-  near = memorization.nearest(images, train.images, held_out.images)
-  scores.add('nearest_train_ratio', near.ratio, samples=len(images), distance=near.samples,
-             held_out_distance=near.held_out, zero=near.zero, reference=train.fingerprint,
-             reference_samples=len(train.images))
+  near = memorization.nearest(
+      *(features.shrink(x) for x in (images, train.images, held_out.images)))
+  if np.isfinite(near.ratio):  # not where every held-out image is a training image
+    scores.add('nearest_train_ratio', near.ratio, samples=len(images), distance=near.samples,
+               held_out_distance=near.held_out, zero=near.zero, reference=train.fingerprint,
+               reference_samples=len(train.images))
   if judged and small and labels is not None:
     judge = agreement.class_agreement(
         (images, labels), (train.images, train.labels), (held_out.images, held_out.labels))

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from smalti.evaluation.reconstruction import psnr
+from smalti.evaluation.reconstruction import compare
 from smalti.launch import cli, pictures, run as runs
 from smalti.launch.progress import say
 from smalti.networks.pixels import to_float, to_uint8
@@ -63,9 +63,10 @@ def main(values: Any) -> int:
     result, _ = reconstruct(tokenizer, images, keep=keep)
     name = f'step{tokenizer.step}' + ('' if keep is None else f'_keep{keep}')
     pictures.save_grid(folder / f'{name}.png', pairs(images[:count], result[:count], columns),
-                       columns=columns)
-    say(f'PSNR {float(np.mean(psnr(images, result))):.2f} dB over {len(images)} held-out examples: '
-        f'{folder / name}.png')
+                       columns=columns, band=2)
+    psnr = compare(images, result).psnr
+    say(f'PSNR {"infinite" if psnr is None else f"{psnr:.2f} dB"} over {len(images)} held-out '
+        f'examples: {folder / name}.png')
   return 0
 
 

@@ -1,0 +1,188 @@
+"""Runs: a generator finds its tokenizer by name, and refuses another in one line; resume and init."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from smalti.launch import cli, run as runs, state as states
+from smalti.launch import export, tokenize
+from smalti.launch.checkpoint import Checkpoints
+from smalti.launch.train import Job, train
+
+
+def config(name, **overrides):
+  return cli.load_config(f'{name}:debug', [
+      ('mesh.data', '8'), *((k.replace('__', '.'), str(v)) for k, v in overrides.items())])
+
+
+@pytest.fixture(scope='module')
+def tokenizer(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('runs') / 'tokenizer'
+  train(config('digits_vq'), folder)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def generator(tokenizer, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('runs') / 'generator'
+  train(config('digits_ar', tokenizer=tokenizer), folder)
+  return folder
+
+
+def test_fingerprint_is_one_for_run_export_and_token_folder(tokenizer, tmp_path):
+  loaded = runs.load(tokenizer)
+  export.save(loaded, tmp_path / 'tokenizer.safetensors')
+  assert runs.load(tmp_path / 'tokenizer.safetensors').fingerprint == loaded.fingerprint
+  tokenize.tokenize(loaded, loaded.experiment.data, tmp_path / 'tokens')
+  assert runs.load(tmp_path / 'tokens').fingerprint == loaded.fingerprint
+  assert runs.load(f'{tokenizer}@2').fingerprint == loaded.fingerprint
+  assert len(loaded.fingerprint) == 16
+
+
+def test_online_encoding_and_stored_tokens_give_the_same_first_batch(tokenizer, tmp_path):
+  from smalti.data.tokens import TokensConfig
+  from smalti.launch.step import inputs
+  loaded = runs.load(tokenizer)
+  tokenize.tokenize(loaded, loaded.experiment.data, tmp_path / 'tokens')
+  online = config('digits_ar', tokenizer=tokenizer)
+  stored = dataclasses.replace(
+      online, data=TokensConfig(path=str(tmp_path / 'tokens')), tokenizer=str(tmp_path / 'tokens'))
+  first = []
+  for i, experiment in enumerate((online, stored)):
+    job = Job(experiment, tmp_path / f'run{i}', None)
+    batch = next(job.batches(0))
+    assert ('tokens' in batch) == (i == 1)
+    encode = jax.jit(lambda batch, model: inputs(batch, model))
+    first.append(jax.device_get(encode(batch, job.tokenizer.model)))
+    job.close()
+  for name in ('tokens', 'label', 'index'):
+    np.testing.assert_array_equal(first[0][name], first[1][name])
+
+
+def test_another_tokenizer_is_refused_and_a_moved_one_found(tokenizer, generator, tmp_path):
+  loaded = runs.load(generator)
+  assert runs.load_tokenizer(loaded).fingerprint == loaded.fingerprint
+  moved = shutil.copytree(tokenizer, tmp_path / 'moved')
+  assert runs.load_tokenizer(loaded, str(moved)).fingerprint == loaded.fingerprint
+  with pytest.raises(FileNotFoundError, match='where it was moved, say --tokenizer=PATH'):
+    runs.load_tokenizer(loaded, str(tmp_path / 'gone'))
+  train(config('digits_vq', seed=1), tmp_path / 'retrained')
+  with pytest.raises(ValueError, match='was trained on tokenizer'):
+    runs.load_tokenizer(loaded, str(tmp_path / 'retrained'))
+  with pytest.raises(ValueError, match='was trained on tokenizer|another config'):
+    train(config('digits_ar', tokenizer=tmp_path / 'retrained', steps=3), generator)
+
+
+def test_a_token_folder_of_another_tokenizer_is_refused(tokenizer, tmp_path):
+  from smalti.data.tokens import TokensConfig
+  loaded = runs.load(tokenizer)
+  tokenize.tokenize(loaded, loaded.experiment.data, tmp_path / 'tokens')
+  train(config('digits_vq', seed=2), tmp_path / 'other')
+  experiment = dataclasses.replace(
+      config('digits_ar', tokenizer=tmp_path / 'other'),
+      data=TokensConfig(path=str(tmp_path / 'tokens')))
+  with pytest.raises(ValueError, match='stored tokens are of tokenizer'):
+    train(experiment, tmp_path / 'generator')
+
+
+def test_what_defines_a_run_may_not_change_and_the_rest_may(tmp_path):
+  train(config('digits_vq', steps=1), tmp_path / 'run')
+  with pytest.raises(ValueError, match='another config.*optimizer.rate'):
+    train(config('digits_vq', steps=2, optimizer__rate=1e-5), tmp_path / 'run')
+  train(config('digits_vq', steps=2, log__every=1), tmp_path / 'run')
+  history = [json.loads(line) for line in (tmp_path / 'run' / 'config_history.jsonl').open()]
+  assert {c.split(':')[0] for c in history[0]['changes']} == {'steps', 'log.every'}
+
+
+def test_a_run_without_a_checkpoint_takes_any_config(tmp_path):
+  runs.open_workdir(_folder(tmp_path / 'run'), config('digits_vq'), started=False)
+  train(config('digits_vq', steps=1, optimizer__rate=1e-5), tmp_path / 'run')
+
+
+def test_resume_is_bitwise_the_run_that_never_stopped(tmp_path):
+  # a schedule knows the length of the run: both have the same, one stops on the way
+  straight = config('digits_vq', steps=6, checkpoint__every=3, checkpoint__best='none')
+  train(straight, tmp_path / 'straight')
+  train(straight, tmp_path / 'stopped')
+  shutil.rmtree(tmp_path / 'stopped' / 'checkpoints' / '6')
+  train(straight, tmp_path / 'stopped')
+  trees = []
+  for name in ('straight', 'stopped'):
+    checkpoints = Checkpoints(tmp_path / name / 'checkpoints')
+    trees.append(checkpoints.restore(6, None)[0])
+    checkpoints.close()
+  a, b = (states.paths(tree) for tree in trees)
+  assert a.keys() == b.keys()
+  for path in a:
+    assert np.asarray(a[path]).tobytes() == np.asarray(b[path]).tobytes(), path
+
+
+def test_init_from_copies_what_fits_and_says_what_does_not(tokenizer, tmp_path, capsys):
+  train(config('digits_vq', seed=3, model__quantizer__codes=32), tmp_path / 'run',
+        init_from=str(tokenizer))
+  said = capsys.readouterr().err
+  assert 'init_from: copied encoder' in said
+  assert 'init_from: other shape quantizer' in said
+
+
+def test_the_best_checkpoint_is_what_a_run_means(tmp_path):
+  train(config('digits_vq', steps=4, checkpoint__every=1, eval__every=1, optimizer__rate=1.0,
+               optimizer__warmup=0), tmp_path / 'run')
+  rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').open()]
+  scores = {row['step']: row['eval/mse'] for row in rows if 'eval/mse' in row}
+  assert runs.load(tmp_path / 'run').step == min(scores, key=scores.get)
+
+
+@pytest.mark.parametrize('damage, message', [
+    (lambda item: {**item, 'format': 99, 'version': '9.9.9'}, 'written by smalti 9.9.9'),
+    (lambda item: {**item, 'experiment': {**item['experiment'], 'stepz': 1}}, 'stepz'),
+])
+def test_an_unknown_format_or_field_is_refused(tokenizer, tmp_path, damage, message):
+  run = shutil.copytree(tokenizer, tmp_path / 'run')
+  item = json.loads((run / 'config.json').read_text())
+  (run / 'config.json').write_text(json.dumps(damage(item)))
+  with pytest.raises(ValueError, match=message):
+    runs.load(run)
+
+
+def test_a_damaged_export_is_refused(tokenizer, tmp_path):
+  path = tmp_path / 'tokenizer.safetensors'
+  export.save(runs.load(tokenizer), path)
+  data = bytearray(path.read_bytes())
+  data[-100] ^= 1
+  path.write_bytes(data)
+  with pytest.raises(ValueError, match='damaged'):
+    runs.load(path)
+  path.write_bytes(data[:200])
+  with pytest.raises(ValueError, match='cannot be read'):
+    runs.load(path)
+
+
+def test_non_finite_data_stops_before_the_update(tmp_path, monkeypatch):
+  from smalti.launch import train as training
+  from smalti.launch.exits import NonFinite
+  batches = training.pipeline.batches
+
+  def poisoned(*args, **kwargs):
+    for i, rows in enumerate(batches(*args, **kwargs)):
+      image = rows['image'].astype(np.float32) / 127.5 - 1
+      yield {**rows, 'image': image * (np.nan if i == 2 else 1)}
+
+  monkeypatch.setattr(training.pipeline, 'batches', poisoned)
+  with pytest.raises(NonFinite, match='Step 3 is not finite in loss term'):
+    train(config('digits_vq', steps=6, checkpoint__every=1, checkpoint__best='none'),
+          tmp_path / 'run')
+  checkpoints = Checkpoints(tmp_path / 'run' / 'checkpoints')
+  assert checkpoints.latest() == 2
+  tree, _ = checkpoints.restore(2, None)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+  checkpoints.close()
+
+
+def _folder(path):
+  path.mkdir()
+  return path
