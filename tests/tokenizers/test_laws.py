@@ -1,0 +1,349 @@
+"""The laws of every quantizer and tokenizer: a new one is one row in a table."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from smalti.tokenizers import tokenizer as jitted
+from smalti.tokenizers.autoencoder import AutoencoderConfig
+from smalti.tokenizers.projected import ProjectedConfig
+from smalti.tokenizers.quantizer import Statistics, absorb, combine
+from smalti.tokenizers.scalar import FSQConfig
+from smalti.tokenizers.spec import TokenSpec
+from smalti.tokenizers.vq import VQConfig, normalize
+
+
+@dataclasses.dataclass
+class Row:
+  """A quantizer and what the laws must know about it.
+
+  `soft` is the differentiable map whose jacobian straight-through has, None where it is not a simple
+  one; `tolerance` is that of `lookup` against `vectors`, zero unless a product lies between.
+  """
+  config: object
+  soft: object = staticmethod(lambda q, z: z)
+
+
+QUANTIZERS = {
+    'vq': Row(VQConfig(codes=32, dim=6)),
+    'vq_kmeans': Row(VQConfig(codes=32, dim=6, init='kmeans')),
+    'vq_gradient': Row(VQConfig(codes=32, dim=6, update='gradient')),
+    'vq_cosine': Row(VQConfig(codes=32, dim=6, cosine=True), lambda q, z: normalize(z)),
+    'vq_cosine_gradient': Row(
+        VQConfig(codes=32, dim=6, cosine=True, update='gradient'), lambda q, z: normalize(z)),
+    'fsq': Row(FSQConfig(levels=(8, 5, 3)), lambda q, z: q.bound(z)),
+    'projected_vq': Row(
+        ProjectedConfig(quantizer=VQConfig(codes=32, dim=3), dim=6),
+        lambda q, z: q.expand(q.reduce(z))),
+    'projected_fsq': Row(
+        ProjectedConfig(quantizer=FSQConfig(levels=(7, 4)), dim=6),
+        lambda q, z: q.expand(q.quantizer.bound(q.reduce(z)))),
+}
+
+
+def autoencoder(quantizer, **changes):
+  return AutoencoderConfig(**{**dict(
+      image_size=(12, 8), channels=3, width=8, multipliers=(1, 2), blocks=1, quantizer=quantizer),
+      **changes})
+
+
+TOKENIZERS = {
+    'vq': autoencoder(VQConfig(codes=32, dim=6)),
+    'vq_cosine_gradient': autoencoder(VQConfig(codes=32, dim=6, cosine=True, update='gradient')),
+    'fsq': autoencoder(FSQConfig(levels=(5, 5, 5)), reconstruction='l1'),
+    'projected': autoencoder(ProjectedConfig(quantizer=VQConfig(codes=32, dim=4), dim=16)),
+    'attention_patch_bfloat16': autoencoder(
+        VQConfig(codes=32, dim=6), patch=2, attention=(2,), dtype='bfloat16', dropout=0.1),
+    'digits': autoencoder(VQConfig(codes=32, dim=6), image_size=(8, 8), channels=1, multipliers=(1, 2)),
+}
+
+
+@functools.cache
+def prepared(name):
+  """(graphdef, state) of a quantizer after `prepare`, and the vectors it saw."""
+  @jax.jit
+  def build(keys):
+    q = QUANTIZERS[name].config.build(rngs=nnx.Rngs(keys[0]))
+    z = jax.random.normal(keys[1], (8, 16, q.dim))
+    q.prepare(z, key=keys[2])
+    return q, z
+
+  q, z = build(jax.random.split(jax.random.key(0), 3))
+  return *nnx.split(q), z
+
+
+def quantizer(name):
+  graph, state, z = prepared(name)
+  return nnx.merge(graph, jax.tree.map(jnp.copy, state)), z
+
+
+def leaves(module):
+  return [np.asarray(x) for x in jax.tree.leaves(nnx.state(module))]
+
+
+def codebooks(module):
+  """Every module that absorbs statistics."""
+  return [m for _, m in nnx.iter_modules(module) if hasattr(m, 'absorb')]
+
+
+def same(first, second):
+  return all(np.array_equal(a, b) for a, b in zip(leaves(first), leaves(second), strict=True))
+
+
+@pytest.fixture(params=QUANTIZERS)
+def name(request):
+  return request.param
+
+
+def test_lookup_returns_the_vectors_bit_for_bit(name):
+  q, z = quantizer(name)
+  for run in (lambda f: f, jax.jit):
+    out = run(lambda q, z: q(z, key=jax.random.key(0), train=True))(q, z)
+    looked = run(lambda q, t: q.lookup(t))(q, out.tokens)
+    np.testing.assert_array_equal(looked, out.vectors)
+
+
+def test_straight_through_has_the_jacobian_of_the_soft_map(name):
+  q, z = quantizer(name)
+  z = z[:1, :2]
+  got = jax.jacrev(lambda z: q(z).vectors)(z)
+  want = jax.jacrev(lambda z: QUANTIZERS[name].soft(q, z))(z)
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize('scale', [1e-3, 1.0, 1e3])
+def test_tokens_are_in_range_at_any_scale(name, scale):
+  q, z = quantizer(name)
+  out = q(scale * z, key=jax.random.key(0), train=True)
+  assert out.tokens.dtype == jnp.int32 and out.tokens.shape == (*z.shape[:2], len(q.vocab))
+  assert np.all(out.tokens >= 0) and np.all(out.tokens < np.array(q.vocab))
+  assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(
+      (out.vectors, out.losses, out.metrics, out.statistics)))
+
+
+def test_evaluation_is_deterministic_and_has_no_statistics(name):
+  q, z = quantizer(name)
+  first, second = q(z), q(z, key=jax.random.key(9))
+  assert first.statistics is None
+  np.testing.assert_array_equal(first.tokens, second.tokens)
+  np.testing.assert_array_equal(first.vectors, second.vectors)
+
+
+def test_no_forward_pass_writes_state(name):
+  q, z = quantizer(name)
+  for train in (False, True):
+    q(z, key=jax.random.key(0), train=train)
+    q.lookup(jnp.zeros((1, 2, len(q.vocab)), jnp.int32))
+  graph, state, _ = prepared(name)
+  assert same(q, nnx.merge(graph, state))
+
+
+def test_every_codebook_moves_in_training(name):
+  q, z = quantizer(name)
+  books = codebooks(q)
+  before = [leaves(b) for b in books]
+  target = jax.random.normal(jax.random.key(5), z.shape)
+
+  def loss(q):
+    out = q(z, key=jax.random.key(0), train=True)
+    return jnp.mean(jnp.square(out.vectors - target)) + sum(out.losses.values()), out.statistics
+
+  gradients, statistics = nnx.grad(loss, has_aux=True)(q)
+  params = nnx.state(q, nnx.Param)
+  nnx.update(q, jax.tree.map(lambda p, g: p - g, params, gradients))
+  absorb(q, statistics)
+  for old, book in zip(before, books):
+    assert all(not np.array_equal(a, b) for a, b in zip(old, leaves(book), strict=True))
+  assert bool(books) == ('vq' in name)
+
+
+def test_statistics_are_those_of_the_global_batch(name):
+  q, z = quantizer(name)
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  place = NamedSharding(mesh, PartitionSpec('data'))
+
+  @jax.jit
+  def step(q, z):
+    out = q(z, key=jax.random.key(0), train=True)
+    absorb(q, out.statistics)
+    return out, nnx.state(q)
+
+  one, eight = step(q, z), step(q, jax.device_put(z, place))
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(one[0].tokens, eight[0].tokens)
+
+
+def pin(statistics, spare):
+  """Statistics with these spare rows."""
+  if isinstance(statistics, Statistics):
+    return dataclasses.replace(statistics, spare=spare[:, :statistics.spare.shape[1]])
+  return {k: pin(v, spare) for k, v in (statistics or {}).items()}
+
+
+@pytest.mark.parametrize('k', [2, 4])
+def test_micro_batches_absorb_like_the_whole_batch(name, k):
+  spare = jax.random.normal(jax.random.key(7), (32, 8))
+  whole, z = quantizer(name)
+  parts, _ = quantizer(name)
+  z = z.at[:, :, :].multiply(0.3)  # some codes are left without vectors
+  statistics = None
+  for i in range(k):
+    part = parts(z[i::k], key=jax.random.key(i), train=True).statistics
+    statistics = combine(statistics, pin(part, spare))
+  absorb(parts, statistics)
+  absorb(whole, pin(whole(z, key=jax.random.key(0), train=True).statistics, spare))
+  for a, b in zip(leaves(whole), leaves(parts), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_empty_statistics_are_neutral(name):
+  q, z = quantizer(name)
+  statistics = q(z, key=jax.random.key(0), train=True).statistics
+  empty = jax.tree.map(jnp.zeros_like, statistics)
+  for combined in (combine(empty, statistics), combine(statistics, empty)):
+    for a, b in zip(jax.tree.leaves(combined), jax.tree.leaves(statistics), strict=True):
+      np.testing.assert_array_equal(a, b)
+  absorb(q, empty)
+  assert same(q, quantizer(name)[0])
+
+
+def test_bfloat16_vectors_are_quantized_in_float32(name):
+  q, z = quantizer(name)
+  z = z.astype(jnp.bfloat16)
+  low, high = q(z), q(z.astype(jnp.float32))
+  np.testing.assert_array_equal(low.tokens, high.tokens)
+  assert low.vectors.dtype == jnp.float32
+
+
+def test_usage_and_perplexity_are_in_range(name):
+  q, z = quantizer(name)
+  metrics = q(z).metrics
+  size = q.vocab[0]
+  assert 0 < metrics['usage'] <= 1
+  assert 1 <= metrics['perplexity'] <= size * metrics['usage'] * (1 + 1e-5)
+
+
+def test_soft_assignment_peaks_at_the_token(name):
+  q, z = quantizer(name)
+  inner = getattr(q, 'quantizer', q)
+  if not hasattr(inner, 'soft_assign'):
+    pytest.skip('no single codebook')
+  log_p = q.soft_assign(z, 0.5)
+  np.testing.assert_array_equal(jnp.argmax(log_p, -1), q(z).tokens[..., 0])
+  np.testing.assert_allclose(jnp.sum(jnp.exp(log_p), -1), 1, rtol=1e-5)
+
+
+def test_config_is_made_of_json(name):
+  fields = dataclasses.asdict(QUANTIZERS[name].config)
+  assert json.loads(json.dumps(fields)) == json.loads(json.dumps(fields, allow_nan=False))
+
+
+@functools.cache
+def built(kind):
+  config = TOKENIZERS[kind]
+  x = jax.random.uniform(
+      jax.random.key(1), (8, *config.image_size, config.channels), minval=-1, maxval=1)
+
+  @jax.jit
+  def build(keys, x):
+    t = config.build(rngs=nnx.Rngs(keys[0]))
+    t.prepare({'image': x}, key=keys[1])
+    return t
+
+  return *nnx.split(build(jax.random.split(jax.random.key(0)), x)), x
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+  graph, state, x = built(request.param)
+  return nnx.merge(graph, jax.tree.map(jnp.copy, state)), x
+
+
+def test_encode_and_decode_agree_with_the_spec(tokenizer):
+  t, x = tokenizer
+  tokens = jitted.encode(t, x)
+  assert tokens.dtype == jnp.int32 and tokens.shape == (8, t.spec.length, t.spec.depth)
+  assert np.all(np.take_along_axis(t.spec.support(), np.asarray(tokens[0]).T, 1))
+  y = jitted.decode(t, tokens)
+  assert y.shape == x.shape and y.dtype == jnp.float32
+  assert np.all(np.abs(y) <= 1)
+  assert TokenSpec.from_json(t.spec.to_json()) == t.spec
+  top = jnp.broadcast_to(jnp.array(t.spec.vocab) - 1, tokens.shape).astype(jnp.int32)
+  assert np.all(np.isfinite(jitted.decode(t, top)))
+
+
+def test_decoding_is_the_training_forward(tokenizer):
+  t, x = tokenizer
+  out = t.quantizer(t.latents(x), key=jax.random.key(0), train=True)
+  np.testing.assert_array_equal(t.encode(x), out.tokens)
+  np.testing.assert_array_equal(t.lookup(out.tokens), out.vectors)
+  np.testing.assert_array_equal(
+      t.decode(out.tokens), jnp.clip(t.decode_latents(out.vectors), -1, 1))
+
+
+def test_bytes_and_floats_are_the_same_image(tokenizer):
+  t, x = tokenizer
+  levels = jnp.clip(jnp.rint(127.5 * (x + 1)), 0, 255).astype(jnp.uint8)
+  np.testing.assert_array_equal(t.encode(levels), t.encode(levels / 127.5 - 1))
+
+
+def test_loss_has_gradients_everywhere_and_writes_nothing(tokenizer):
+  t, x = tokenizer
+  before = leaves(t)
+  structure, params, rest = nnx.split(t, nnx.Param, ...)
+
+  @jax.jit
+  def loss(params):
+    return nnx.merge(structure, params, rest).loss(
+        {'image': x}, step=jnp.int32(0), key=jax.random.key(0), train=True)
+
+  (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+  assert np.isfinite(value) and aux['weight'] == 8
+  assert {'mse', 'psnr', 'perplexity', 'usage', 'reconstruction'} <= set(aux['metrics'])
+  assert all(np.ndim(m) == 0 for m in aux['metrics'].values())
+  for path, g in jax.tree_util.tree_leaves_with_path(gradients):
+    assert np.any(np.asarray(g) != 0), jax.tree_util.keystr(path)
+  assert all(np.array_equal(a, b) for a, b in zip(before, leaves(t), strict=True))
+  absorb(t, aux['statistics'])
+  assert (aux['statistics'] is None) == (not codebooks(t))
+  value, aux = t.loss({'image': x}, step=jnp.int32(0), key=jax.random.key(0), train=False)
+  assert aux['statistics'] is None and np.isfinite(value)
+
+
+def test_raster_tokens_have_no_prefix(tokenizer):
+  t, x = tokenizer
+  with pytest.raises(ValueError, match='no prefixes'):
+    t.decode(t.encode(x), keep=jnp.full(8, 3))
+
+
+def test_other_images_are_refused(tokenizer):
+  t, x = tokenizer
+  with pytest.raises(ValueError, match='do not fit image_size'):
+    t.encode(jnp.concatenate([x, x], -1))
+  with pytest.raises(ValueError, match='do not fit image_size'):
+    t.encode(jnp.concatenate([x, x], 1))
+
+
+def test_leaf_names_are_those_of_the_path_rules(tokenizer):
+  t, _ = tokenizer
+  last = {str(path[-1]) for path, _ in nnx.to_flat_state(nnx.state(t, nnx.Param))}
+  assert last <= {'kernel', 'bias', 'scale', 'codebook'}
+
+
+def test_portrait_images_of_48_by_32():
+  t = autoencoder(FSQConfig(levels=(5, 5)), image_size=(48, 32)).build(rngs=nnx.Rngs(0))
+  assert t.spec.grid == (24, 16)
+  x = jnp.zeros((1, 48, 32, 3)).at[:, :8].set(1.0)
+  tokens = jitted.encode(t, x).reshape(24, 16)
+  assert jitted.decode(t, tokens.reshape(1, -1, 1)).shape == x.shape
+  # row-major: what differs lies in the first rows of the grid
+  flat = jitted.encode(t, jnp.zeros_like(x)).reshape(24, 16)
+  changed = np.asarray(tokens != flat)
+  assert changed[:5].any() and t.spec.coordinates()[16].tolist() == [1, 0]
