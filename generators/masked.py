@@ -159,13 +159,12 @@ class Masked(Generator):
     before = jnp.cumsum((~masked & ~ended)[:, ::-1], 1)[:, ::-1] > 0
     return jnp.where(ended[..., None], eos, ~(eos & before[..., None]))
 
-  def log_probs(self, tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n'],
-                labels: Int[Array, 'b'] | None, *, key: Array | None = None, train: bool = False
-                ) -> Float[Array, 'b n v']:
-    """log p of every code at every masked position, given the visible tokens."""
+  def scores(self, tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n'],
+             labels: Int[Array, 'b'] | None, *, key: Array | None = None, train: bool = False
+             ) -> Float[Array, 'b n v']:
+    """Logits of every code at every masked position, given the visible tokens; -inf is never."""
     scores = self.logits(tokens, masked, labels, key=key, train=train)
-    scores = constrain(scores, 'b n v')
-    return jax.nn.log_softmax(processing.restrict(scores, self.allowed(tokens, masked)))
+    return processing.restrict(constrain(scores, 'b n v'), self.allowed(tokens, masked))
 
   # ---- training and likelihood
 
@@ -188,17 +187,18 @@ class Masked(Generator):
       draw = self._time_mask if self.objective == 'elbo' else self._ratio_mask
     first, second = jax.random.split(mask)
     masked, weight = draw(second, schedules.stratified(first, len(tokens)), real)
-    logp = self.log_probs(tokens, masked | ~real, labels, key=inner, train=train)
-    nll = _at_masked(logp, tokens, masked)
-    hits = masked & (jnp.argmax(logp, -1) == tokens)
+    scores = self.scores(tokens, masked | ~real, labels, key=inner, train=train)
+    nll = jnp.where(masked, -_log_prob(scores, tokens), 0)
+    hits = masked & (_pick(scores, tokens) >= jnp.max(scores, -1))
     hidden = jnp.maximum(masked.sum(), 1)
     valid = (self.flat.valid(tokens[..., None])[..., 0] & real).sum()
     bound = (weight * nll.sum(-1)).sum() / valid
     metrics = {'nll': bound, 'bits_per_token': bound / math.log(2), 'accuracy': hits.sum() / hidden}
     value, weight = bound, valid
     if train and self.objective == 'maskgit':
-      possible = jnp.isfinite(logp)
-      even = jnp.where(possible, -logp, 0).sum(-1) / possible.sum(-1)
+      possible = jnp.isfinite(scores)
+      even = jnp.where(possible, scores, 0).sum(-1) / possible.sum(-1)
+      even = jax.nn.logsumexp(scores, -1) - even
       smoothing = self.label_smoothing
       value = ((1 - smoothing) * nll.sum() + smoothing * (masked * even).sum()) / hidden
       weight = hidden
@@ -245,8 +245,8 @@ class Masked(Generator):
       else:
         masked, weight = draw(x[0])
         weight = weight / samples
-      logp = self.log_probs(tokens, masked | ~real, labels)
-      return total + weight * _at_masked(logp, tokens, masked).sum(-1), None
+      logp = _log_prob(self.scores(tokens, masked | ~real, labels), tokens)
+      return total - weight * jnp.where(masked, logp, 0).sum(-1), None
 
     total, _ = jax.lax.scan(add, constant, (masks, weights))
     return -total
@@ -355,7 +355,7 @@ class Masked(Generator):
     def step(state, now):
       tokens, masked = state
       draws = _fold(keys, now['step'])
-      scores = self._scores(tokens, masked, labels, now['guidance'] if guided else None)
+      scores = self._guided(tokens, masked, labels, now['guidance'] if guided else None)
       scores = processing.restrict(scores, self.allowed(tokens, masked))
       if forbidden is not None:
         scores = processing.restrict(
@@ -370,8 +370,7 @@ class Masked(Generator):
       else:
         if order is None:
           # at temperature 0 every drawn token has probability 1: fall back on the raw one
-          sure = jax.nn.log_softmax(jnp.where(settings.temperature > 0, shaped, scores))
-          sure = jnp.take_along_axis(sure, tokens[..., None], -1)[..., 0]
+          sure = _log_prob(jnp.where(settings.temperature > 0, shaped, scores), tokens)
           noise = jax.vmap(lambda k: jax.random.gumbel(k, (length,), mode='high'))(
               _fold(draws, CHOICE))
           rank = _rank(jnp.where(
@@ -425,7 +424,7 @@ class Masked(Generator):
       order = _rank(jnp.where(unknown, order, length))
     return plan, order
 
-  def _scores(self, tokens: Array, masked: Array, labels: Array | None, scale: Array | None
+  def _guided(self, tokens: Array, masked: Array, labels: Array | None, scale: Array | None
               ) -> Float[Array, 'b n v']:
     """Logits, guided in one pass over [c0, u0, c1, u1, ...], whole on every device."""
     if scale is None:
@@ -459,7 +458,10 @@ def _subset(key: Array, count: Int[Array, 'b'], real: Bool[Array, 'b n']) -> Boo
   return (_rank(score) < count[:, None]) & real
 
 
-def _at_masked(logp: Float[Array, 'b n v'], tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n']
-               ) -> Float[Array, 'b n']:
-  """-log p of the true token at masked positions, 0 elsewhere."""
-  return jnp.where(masked, -jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0], 0)
+def _pick(scores: Float[Array, 'b n v'], tokens: Int[Array, 'b n']) -> Float[Array, 'b n']:
+  return jnp.take_along_axis(scores, tokens[..., None], -1)[..., 0]
+
+
+def _log_prob(scores: Float[Array, 'b n v'], tokens: Int[Array, 'b n']) -> Float[Array, 'b n']:
+  """log softmax(scores) at the tokens, without a second array of [b, n, v]."""
+  return _pick(scores, tokens) - jax.nn.logsumexp(scores, -1)

@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 from scipy import stats
 
+from smalti.generators import masked as masked_module
 from smalti.generators.generator import example_keys, generate
 from smalti.generators.masked import Masked, MaskedConfig, MaskedSettings
 from smalti.generators.tabular import conditionals
@@ -212,6 +213,37 @@ def test_prediction_does_not_read_hidden_tokens_and_tells_positions_apart():
       model.logits(tokens, masked, None), model.logits(other, masked, None))
   blank = model.logits(tokens, jnp.ones_like(masked), None)[0]
   assert np.all(np.abs(blank[1:] - blank[:1]).max(-1) > 1e-3)
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES)
+def test_the_last_step_to_the_clean_end_is_part_of_the_bound(schedule, monkeypatch):
+  """For a context-free predictor all discretisations have one bound, however long that step is."""
+  monkeypatch.setattr(masked_module, 'FLOOR', .3)
+  model = Blind(PAIR, P, schedule=schedule)
+  truth = model.elbo({'tokens': PAIRS}, mode='enumerate')
+  draws = jax.jit(jax.vmap(lambda key: model.elbo(
+      {'tokens': PAIRS}, key=key, mode='mc', samples=64)))(
+          jax.random.split(jax.random.key(4), 256))
+  error = np.std(draws, 0) / 16
+  assert np.all(error < .02) and np.all(np.abs(np.mean(draws, 0) - truth) < 4 * error)
+
+
+@pytest.mark.parametrize('objective', ('elbo', 'maskgit'))
+def test_gradients_are_finite_beside_impossible_codes(objective):
+  spec = TokenSpec(grid=(4,), vocab=(3,), eos=2)
+  model = Masked(config(objective=objective, transformer={'dropout': .1}), spec, rngs=nnx.Rngs(0))
+  tokens = jnp.array([[0, 1, 2, 2], [2, 2, 2, 2], [1, 0, 0, 1]] * 4, jnp.int32)[..., None]
+  graph, params = nnx.split(model)
+
+  @jax.jit
+  def gradients(params, key):
+    return jax.grad(lambda params: nnx.merge(graph, params).loss(
+        {'tokens': tokens}, step=jnp.array(0), key=key)[0])(params)
+
+  for i in range(4):
+    leaves = jax.tree.leaves(gradients(params, jax.random.key(i)))
+    assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
+    assert any(np.any(leaf) for leaf in leaves)
 
 
 # ---- samplers
@@ -412,7 +444,7 @@ def test_end_facts_hold_without_being_learned():
   model = Masked(config(), spec, rngs=nnx.Rngs(0))
   tokens = jnp.array([[0, 3, 3, 3], [0, 1, 2, 0]])
   masked = jnp.array([[True, False, True, True], [True, True, False, True]])
-  probs = np.exp(model.log_probs(tokens, masked, None))
+  probs = np.asarray(jax.nn.softmax(model.scores(tokens, masked, None)))
   np.testing.assert_allclose(probs[0, 0], np.full(4, .25), rtol=1e-6)  # may be a repeat
   np.testing.assert_allclose(probs[0, 2:], np.tile(np.eye(4)[3], (2, 1)))
   np.testing.assert_allclose(probs[1, :2], np.tile([1/3, 1/3, 1/3, 0], (2, 1)), rtol=1e-6)
@@ -478,7 +510,7 @@ def test_guidance_is_conditional_at_one_and_unconditional_at_zero():
 def test_guidance_combines_the_two_halves_of_one_doubled_batch():
   model = labelled()
   tokens, masked, labels = jnp.array([[0, 1], [1, 0]]), jnp.ones((2, 2), bool), jnp.array([0, 1])
-  scores = model._scores(tokens, masked, labels, jnp.array(2.5))
+  scores = model._guided(tokens, masked, labels, jnp.array(2.5))
   c, u = (model.logits(tokens, masked, y) for y in (labels, jnp.array([2, 2])))
   np.testing.assert_allclose(scores, u + 2.5 * (c - u), rtol=1e-5)
 
