@@ -68,8 +68,9 @@ class TFDSSource:
     features = builder.info.features
     keys = [key for key in (config.image_key, config.label_key) if key]
     if missing := [key for key in keys if key not in features]:
-      raise ValueError(f'{path} has no feature {missing[0]!r}; it has {", ".join(sorted(features))}: '
-                       'set data.image_key and data.label_key (none for no label).')
+      there = ', '.join(sorted(features))
+      raise ValueError(f'{path} has no feature {missing[0]!r}; it has {there}: set '
+                       'data.image_key and data.label_key (none for no label).')
     feature = features[config.image_key]
     encoded = isinstance(feature, tfds.features.Image)
     if not encoded and (feature.np_dtype != np.uint8 or len(feature.shape) != 3):

@@ -7,6 +7,7 @@ which is what keeps in-memory sources at the speed of numpy), and every process 
 contiguous rows of the same global batch.
 """
 
+import functools
 import sys
 from collections.abc import Iterator
 
@@ -15,7 +16,10 @@ import numpy as np
 
 from smalti.data import augment as augmentation
 from smalti.data.augment import AugmentConfig
+from smalti.data.noise import noise
 from smalti.data.source import Source
+
+ORDER = 0  # purpose of noise; those of augmentation follow
 
 
 def batches(source: Source, *, batch_size: int, seed: int, start: int = 0, train: bool = True,
@@ -51,11 +55,14 @@ def batches(source: Source, *, batch_size: int, seed: int, start: int = 0, train
   share = batch_size // processes
   rows = np.arange(share) + process * share
   if train:
-    examples = order(len(source), seed)
+    order = functools.lru_cache(maxsize=2)(functools.partial(permutation, len(source), seed))
 
     def read(number: int) -> dict[str, np.ndarray]:
       positions = number * batch_size + rows
-      index = np.array([examples[int(p)] for p in positions])
+      epochs, places = np.divmod(positions, len(source))
+      index = np.empty(share, np.int64)
+      for epoch in np.unique(epochs):
+        index[epochs == epoch] = order(int(epoch))[places[epochs == epoch]]
       batch = _read(source, index)
       if augment is not None and 'image' in batch:
         batch['image'] = augmentation.apply(
@@ -75,13 +82,13 @@ def batches(source: Source, *, batch_size: int, seed: int, start: int = 0, train
   return iter(numbers.map(read).to_iter_dataset(options))
 
 
-def order(length: int, seed: int) -> grain.MapDataset:
-  """The endless stream of examples: position p holds example `order(length, seed)[p]`.
+def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+  """int64[length]: the order of all examples in one epoch.
 
-  Positions e * length to (e + 1) * length - 1 are a permutation of all examples, drawn anew for
-  every epoch e; nothing of it is stored.
+  Drawn as the ranks of hashed example numbers, 8 bytes and a tenth of a microsecond each. (grain's
+  own shuffle needs no memory, but measured 9 microseconds an example, and 68 for small sources.)
   """
-  return grain.MapDataset.range(length).seed(seed).shuffle().repeat()
+  return np.argsort(noise(seed, ORDER, epoch, np.arange(length)))
 
 
 def _read(source: Source, index: np.ndarray) -> dict[str, np.ndarray]:

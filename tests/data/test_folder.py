@@ -131,6 +131,16 @@ def test_findings_are_reused_until_a_file_changes(tmp_path, own_cache, monkeypat
   assert survey(root, SIZE) == again and len(asked[2]) == 3
 
 
+def test_what_may_pass_is_tried_again(tmp_path, monkeypatch):
+  picture(0).save(tmp_path / 'a.png')
+  original = inspection.inspect_all
+  monkeypatch.setattr(folder.inspection, 'inspect_all',
+                      lambda paths: [inspection.Finding(reason='timed out') for _ in paths])
+  assert counts(survey(tmp_path, SIZE)) == {'timed out': 1}
+  monkeypatch.setattr(folder.inspection, 'inspect_all', original)
+  assert counts(survey(tmp_path, SIZE)) == {}
+
+
 def test_elongated_images_are_refused_at_the_size_that_cannot_hold_them(tmp_path):
   Image.new('RGB', (3000, 1)).save(tmp_path / 'line.png')
   assert counts(survey(tmp_path, 256)) == {'too elongated': 1}

@@ -1,15 +1,15 @@
-"""Laws of the batch stream: permutations, processes, restarts, augmentation, the tail of a pass."""
+"""Laws of the stream of batches: permutations, processes, restarts, augmentation, the tail."""
 
 import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from smalti.data import augment, pipeline
 from smalti.data.arrays import ArraysSource
 from smalti.data.augment import AugmentConfig
+from smalti.data.noise import noise
 
 fast = settings(max_examples=25, deadline=None)
 
@@ -26,17 +26,25 @@ def take(source, count, **options):
 @fast
 @given(length=st.integers(1, 60), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 3))
 def test_every_epoch_is_a_permutation(length, seed, epoch):
-  stream = pipeline.order(length, seed)
-  seen = [stream[p] for p in range(epoch * length, (epoch + 1) * length)]
-  assert sorted(seen) == list(range(length))
+  assert sorted(pipeline.permutation(length, seed, epoch)) == list(range(length))
 
 
 def test_epochs_and_seeds_have_their_own_orders():
-  def epoch(seed, number):
-    stream = pipeline.order(500, seed)
-    return tuple(stream[p] for p in range(number * 500, (number + 1) * 500))
-  orders = {epoch(seed, number) for seed in range(4) for number in range(4)}
+  orders = {tuple(pipeline.permutation(500, seed, epoch))
+            for seed in range(4) for epoch in range(4)}
   assert len(orders) == 16
+
+
+def test_every_example_comes_to_every_place():
+  # 4,000 epochs of 5: each of the 25 counts is binomial with p = 1/5.
+  orders = np.array([pipeline.permutation(5, 0, epoch) for epoch in range(4000)])
+  counts = np.stack([np.bincount(orders[:, place], minlength=5) for place in range(5)])
+  assert np.abs(counts / 4000 - 0.2).max() < 4.5 * (0.2 * 0.8 / 4000)**0.5
+  assert len(np.unique(orders, axis=0)) == 120
+
+
+def test_the_order_never_changes():
+  assert pipeline.permutation(8, 1, 2).tolist() == [1, 6, 0, 4, 2, 7, 5, 3]
 
 
 @fast
@@ -103,10 +111,17 @@ def test_half_of_the_images_are_flipped_and_every_shift_occurs():
   assert np.abs(counts[2:7] / 4000 - 0.2).max() < 4 * (0.2 * 0.8 / 4000)**0.5
 
 
+def test_an_image_is_treated_anew_every_time_it_comes():
+  source = ArraysSource({'image': np.arange(8, dtype=np.uint8).reshape(1, 2, 4, 1)})
+  found = take(source, 20, batch_size=8, seed=0, augment=AugmentConfig(flip=True))
+  patterns = {tuple(batch['image'][:, 0, 0, 0]) for batch in found}
+  assert len(patterns) > 15
+
+
 def test_noise_has_a_fixed_value_and_separates_its_arguments():
   # SplitMix64 from seed 0: the first output of the published generator.
-  assert int(augment._mix(np.uint64(0))) == 0xE220A8397B1DCDAF
-  words = np.concatenate([augment.noise(s, np.arange(1000), p) for s in range(3) for p in range(3)])
+  assert int(noise(0)) == 0xE220A8397B1DCDAF
+  words = np.concatenate([noise(s, p, np.arange(1000)) for s in range(3) for p in range(3)])
   assert len(np.unique(words)) == 9000
 
 

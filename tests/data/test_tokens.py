@@ -5,8 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from smalti.data import pipeline
 from smalti.data.tokens import TokensConfig, TokensSource, TokenWriter
