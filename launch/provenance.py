@@ -68,8 +68,8 @@ def portable(command: str | Sequence[str] | None) -> str:
   """`command` as one line, absolute paths shortened to their last part: .../python."""
   if command is None:
     program = Path(sys.argv[0])
-    module = f'python -m smalti.launch.{program.stem}'
-    command = ['smalti' if program.name == 'smalti' else module, *sys.argv[1:]]
+    module = ['python', '-m', f'smalti.launch.{program.stem}']
+    command = [*(['smalti'] if program.name == 'smalti' else module), *sys.argv[1:]]
   text = command if isinstance(command, str) else shlex.join(command)
   return re.sub(r'(?<![\w.:/])/(?:[^\s/\'",;]+/)+', '.../', text)
 

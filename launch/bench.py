@@ -1,0 +1,373 @@
+"""Ratio tables of our parts, the named peers beside them: `smalti bench quantizers|generators|...`.
+
+On two CPU cores, in alternating rounds; ratios are ours over the peer's CPU time, median and
+quartiles of the rounds (`launch/timing.py`). Peers run under the interpreter of --peer_python,
+which has torch and transformers. Results go to OUT/bench_NAME.json with what repeats them.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from smalti.launch import cli, provenance, timing
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One comparison: what was timed, against whom, what came out, and the goal for the ratio."""
+  case: str
+  peer: str
+  result: dict
+  goal: float | None = None
+  measure: str = 'cpu_ratio'
+
+  def to_json(self) -> dict:
+    met = None
+    if self.goal is not None and self.measure in self.result:
+      met = self.result[self.measure]['q3'] <= self.goal
+    return {'case': self.case, 'peer': self.peer, 'measure': self.measure, 'goal': self.goal,
+            'met': met, **self.result}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+  """What the cases share."""
+  rounds: int
+  seconds: float
+  peer: timing.Peer | None
+  folder: Path
+
+  def against(self, ours: Any, case: str, **options: Any) -> dict | None:
+    """Prepares the peer's side of a case; None without a peer."""
+    return self.peer.prepare(case, **options) if self.peer else None
+
+  def compare(self, ours: Any, other: Any) -> dict:
+    return timing.compare(ours, other, rounds=self.rounds, seconds=self.seconds)
+
+  def run(self, ours: Any) -> dict:
+    """Against the prepared peer, or alone."""
+    if self.peer:
+      return self.compare(ours, self.peer)
+    return timing.alone(ours, rounds=self.rounds, seconds=self.seconds)
+
+
+def quantizers(bench: Bench) -> Iterator[Row]:
+  """Nearest code: performance goal P2."""
+  import jax
+  import numpy as np
+
+  from smalti.tokenizers.search import nearest
+  rows = 4096
+  for (codes, dim), goal in {(1024, 256): 0.70, (8192, 32): 0.30, (65536, 8): 0.25}.items():
+    random = np.random.default_rng(0)
+    x = jax.device_put(random.standard_normal((rows, dim), np.float32))
+    table = random.standard_normal((codes, dim), np.float32)
+    # of one length, so that the peer may leave the norms out
+    table = jax.device_put(table / np.linalg.norm(table, axis=-1, keepdims=True))
+    search = jax.jit(nearest)
+    ours = timing.Ours(functools.partial(search, x, table))
+    for form, text in (('product', 'torch (x @ c.T).argmax'), ('cdist', 'torch cdist.argmin')):
+      found = bench.against(ours, 'nearest', codes=codes, dim=dim, rows=rows, seed=0, form=form)
+      if found:
+        agree = float(np.mean(np.asarray(search(x, table)) == np.asarray(found['check'])))
+        if agree < 0.999:  # what is left are ties in the last digit
+          raise RuntimeError(f'only {agree:.2%} of the codes agree with {text}.')
+      yield Row(f'nearest code, {rows} x {dim} among {codes}', text, bench.run(ours),
+                goal if form == 'product' else None)
+      if not found:
+        break
+
+
+def generators(bench: Bench) -> Iterator[Row]:
+  """Decoding 256 codes: performance goal P5, and what the cache saves."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  from smalti.generators.autoregressive import AutoregressiveSettings
+  from smalti.generators.generator import example_keys, generate
+  from smalti.launch import llama
+  sizes = llama.Sizes()
+  model = sizes.build()
+  path = bench.folder / 'llama.npz'
+  np.savez(path, **llama.weights(model))
+  name = f'sampling {sizes.length} codes, {sizes.layers} x {sizes.width}, vocabulary {sizes.vocab}'
+  seeds = itertools.count()
+  for batch in (1, 16):
+    def run(batch=batch):
+      keys = example_keys(next(seeds), jnp.arange(batch))
+      return generate(model, None, keys=keys, settings=AutoregressiveSettings()).tokens
+
+    ours = timing.Ours(run)
+    tokens = np.asarray(run())[0, :, 0]
+    found = bench.against(ours, 'decode', path=str(path), tokens=tokens.tolist(), batch=batch,
+                          length=sizes.length, **sizes.peer())
+    if found:
+      log_prob = float(jax.jit(lambda m, t: m.log_prob({'tokens': t}))(
+          model, jnp.asarray(tokens)[None, :, None])[0])
+      if abs(log_prob - sum(found['check'])) > 1e-4 * abs(log_prob):
+        raise RuntimeError(f'the peer says {sum(found["check"]):.4f} nats, we say {log_prob:.4f}.')
+    yield Row(f'{name}, batch {batch}', 'LlamaForCausalLM.generate', bench.run(ours), 0.5)
+    if batch == 1:
+      full = jax.jit(llama.uncached)
+      keys = example_keys(0, jnp.arange(batch))
+      same = np.mean(np.asarray(full(model, keys)) == np.asarray(generate(
+          model, None, keys=keys, settings=AutoregressiveSettings()).tokens)[..., 0])
+      if same < 1:
+        raise RuntimeError(f'only {same:.2%} of the codes are the same without the cache.')
+      yield Row(f'{name}, batch {batch}', 'ours without a cache',
+                bench.compare(ours, timing.Ours(functools.partial(full, model, keys))))
+
+
+def train(bench: Bench) -> Iterator[Row]:
+  """The loop around the step, a step against torch (P6), and compile time by depth (P12)."""
+  for config in ('digits_vq', 'digits_fsq'):
+    yield Row(f'training loop, {config}', 'its compiled step alone', _loop(bench, config), 1.05,
+              'wall_ratio_all')
+  yield _step(bench)
+  yield Row('compile 24 scanned layers', 'compile 2 scanned layers',
+            timing.compare(_Compile(24), _Compile(2), rounds=bench.rounds, seconds=0), 1.3)
+
+
+def _loop(bench: Bench, config: str) -> dict:
+  import jax
+
+  from smalti.launch import train as training
+  from smalti.launch.exits import Preempted
+  experiment = cli.load_config(config)
+  # what costs by the step stays: data, logging, flags; evaluation and saving have their own cadence
+  experiment.steps, experiment.checkpoint.best = 10**6, None
+  experiment.checkpoint.every = experiment.eval.every = experiment.steps
+  job = training.Job(experiment, bench.folder / config, None)
+  job.save = lambda metrics: None
+
+  class After:
+    """Asks for the end when it was looked at `calls` times."""
+
+    def __init__(self, calls: int):
+      self.left = calls
+
+    @property
+    def requested(self) -> bool:
+      self.left -= 1
+      return self.left <= 0
+
+  def loop(calls: int) -> None:
+    job.start = int(job.state['step'])
+    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stderr(nowhere):
+      with contextlib.suppress(Preempted):
+        training.loop(job, After(calls))
+
+  batch = next(job.batches(0))
+
+  def bare(calls: int) -> None:
+    for _ in range(calls):
+      job.state, metrics = job.step(job.state, batch)
+    jax.block_until_ready((job.state, metrics))
+
+  try:
+    with jax.set_mesh(job.mesh):
+      return timing.compare(_Counted(loop), _Counted(bare), rounds=bench.rounds,
+                            seconds=5 * bench.seconds)
+  finally:
+    job.close()
+
+
+class _Counted:
+  """A side that repeats by itself: `run(calls)`."""
+
+  def __init__(self, run: Callable[[int], None]):
+    self.run = run
+    self.first = timing.first(functools.partial(run, 2))
+
+  def measure(self, calls: int) -> timing.Timing:
+    found = timing.measure(functools.partial(self.run, calls), 1)
+    return timing.Timing(found.cpu / calls, found.wall / calls)
+
+
+def _step(bench: Bench) -> Row:
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  from smalti.launch import llama, optimizer as optimizers, state as states, step as steps
+  from smalti.launch.experiment import OptimizerConfig
+  sizes, batch = llama.Sizes(), 8
+  model = sizes.build()
+  path = bench.folder / 'llama_step.npz'
+  np.savez(path, **llama.weights(model))
+  structure = states.Structure.of(model)
+  rule = optimizers.make(OptimizerConfig(rate=1e-4, clip=None), None, 10**6)
+  params, buffers = structure.split(model)
+  state = {'step': jnp.zeros((), jnp.int32), 'params': params, 'buffers': buffers, 'ema': {},
+           'optimizer': states.to_dict(rule.init(params))}
+  step = jax.jit(functools.partial(
+      steps.train_step, structure=structure, optimizer=rule), donate_argnums=0)
+  tokens = np.random.default_rng(0).integers(0, sizes.vocab, (batch, sizes.length, 1), np.int32)
+  rows, key, holder = {'tokens': jnp.asarray(tokens)}, jax.random.key(0), {'state': state}
+
+  def run():
+    holder['state'], metrics = step(holder['state'], rows, key)
+    return metrics['loss']
+
+  ours = timing.Ours(run)
+  bench.against(ours, 'train_step', path=str(path), batch=batch, length=sizes.length,
+                **sizes.peer())
+  return Row(f'train step, {sizes.layers} x {sizes.width}, batch {batch} of {sizes.length}',
+             'torch eager, fused AdamW', bench.run(ours), 1.25)
+
+
+class _Compile:
+  """Tracing and compiling the gradient of a transformer of so many layers, each time anew."""
+
+  def __init__(self, layers: int):
+    from smalti.launch import llama
+    self.layers, self.sizes = layers, llama.Sizes(layers=layers, width=128, heads=4, vocab=256)
+    self.first = timing.first(self._compile)
+
+  def measure(self, calls: int) -> timing.Timing:
+    del calls
+    return timing.measure(self._compile, 1)
+
+  def _compile(self) -> None:
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+    jax.clear_caches()
+    model = nnx.eval_shape(self.sizes.build)
+    graph, params = nnx.split(model)
+    tokens = jax.ShapeDtypeStruct((2, self.sizes.length, 1), jnp.int32)
+
+    def loss(params, tokens):
+      value, _ = nnx.merge(graph, params).loss(
+          {'tokens': tokens}, step=jnp.zeros((), jnp.int32), key=jax.random.key(0))
+      return value
+
+    jax.jit(jax.value_and_grad(loss)).lower(params, tokens).compile()
+
+
+def data(bench: Bench) -> Iterator[Row]:
+  """The pipeline over arrays in memory: performance goal P13."""
+  import numpy as np
+
+  from smalti.data import pipeline
+  from smalti.data.arrays import ArraysSource
+  random, batch = np.random.default_rng(0), 64
+  images = random.integers(0, 256, (4096, 64, 64, 3), np.uint8)
+  stream = pipeline.batches(ArraysSource({'image': images}), batch_size=batch, seed=0)
+
+  def plain() -> Iterator[dict]:
+    while True:
+      for index in random.permutation(len(images)).reshape(-1, batch):
+        yield {'image': images[index], 'index': index}
+
+  generator = plain()
+  result = bench.compare(timing.Ours(lambda: next(stream)['image']),
+                         timing.Ours(lambda: next(generator)['image']))
+  yield Row(f'batches of {batch} from memory, 64 x 64 x 3', 'numpy indexing', result, 2.0)
+
+
+def checkpoint(bench: Bench) -> Iterator[Row]:
+  """Save and restore of 256 MiB: performance goal P14."""
+  import jax
+  import numpy as np
+
+  from smalti.launch.checkpoint import Checkpoints
+  random = np.random.default_rng(0)
+  state = {f'array_{i}': jax.device_put(random.standard_normal((1448, 1448), np.float32))
+           for i in range(32)}
+  abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+  checkpoints = Checkpoints(bench.folder / 'checkpoints')
+  plain = bench.folder / 'arrays.npz'
+  count = itertools.count(1)
+
+  def save() -> None:
+    checkpoints.save(next(count), state, {})
+    checkpoints.wait()
+
+  def load() -> dict:
+    with np.load(plain, allow_pickle=False) as arrays:
+      return {name: arrays[name] for name in arrays.files}
+
+  def start() -> None:
+    checkpoints.save(next(count), state, {})
+
+  ours, other = timing.Ours(save), timing.Ours(lambda: np.savez(plain, **state))
+  yield Row('save of 256 MiB, with its digests', 'np.savez', bench.compare(ours, other), 2.0,
+            'wall_ratio_all')
+  size = sum(p.stat().st_size for p in (
+      bench.folder / 'checkpoints' / str(checkpoints.latest())).rglob('*') if p.is_file())
+  restore = timing.Ours(lambda: checkpoints.restore(checkpoints.latest(), abstract)[0])
+  yield Row('restore of 256 MiB, digests verified', 'np.load',
+            bench.compare(restore, timing.Ours(load)), 2.0, 'wall_ratio_all')
+  blocking = [(timing.measure(start, 1).wall, timing.measure(checkpoints.wait, 1).wall)
+              for _ in range(bench.rounds)]
+  share = timing.spread([a / (a + b) for a, b in blocking])
+  yield Row('what a save blocks', 'the whole save', {'wall_ratio_all': share}, 0.25,
+            'wall_ratio_all')
+  bytes_ratio = size / sum(x.nbytes for x in state.values())
+  yield Row('bytes on disk', 'bytes of the arrays',
+            {'bytes_ratio': timing.spread([bytes_ratio])}, 1.05, 'bytes_ratio')
+  checkpoints.close()
+
+
+BENCHES = {'quantizers': quantizers, 'generators': generators, 'train': train, 'data': data,
+           'checkpoint': checkpoint}
+
+
+def define(values: flags.FlagValues) -> None:
+  cli.define_choice(values, 'bench', list(BENCHES), 'What to time; all where none is named.')
+  flags.DEFINE_string('out', 'runs/bench', 'The folder of results.', flag_values=values)
+  flags.DEFINE_string('peer_python', None, 'An interpreter that has torch and transformers.',
+                      flag_values=values)
+  flags.DEFINE_integer('rounds', 7, 'Alternating rounds.', lower_bound=1, flag_values=values)
+  flags.DEFINE_float('seconds', 1.0, 'Length of a side of a round.', flag_values=values)
+
+
+def main(values: flags.FlagValues) -> int | None:
+  timing.two_cores()
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  import jax
+  jax.config.update('jax_enable_compilation_cache', False)  # first calls are reported as they are
+  names = [values.bench] if values.bench else list(BENCHES)
+  for name in names:
+    with tempfile.TemporaryDirectory() as folder:
+      peer = timing.Peer(values.peer_python) if values.peer_python else None
+      try:
+        bench = Bench(values.rounds, values.seconds, peer, Path(folder))
+        rows = []
+        for row in BENCHES[name](bench):
+          rows.append(row.to_json())
+          print(_line(rows[-1]), flush=True)
+      finally:
+        if peer:
+          peer.close()
+    path = Path(values.out) / f'bench_{name}.json'
+    provenance.record(path, None, rows, rounds=values.rounds, threads=timing.THREADS,
+                      peers=peer.versions if peer else None)
+    print(f'written: {path}')
+  return None
+
+
+def _line(row: dict) -> str:
+  ratio = row.get(row['measure'])
+  if ratio is None:
+    seconds = row['our_time']['cpu_seconds']['median'] if 'our_time' in row else float('nan')
+    return f'{row["case"]:<60} {seconds:9.4f} s of CPU time (no peer)'
+  goal = '' if row['goal'] is None else (
+      f'  goal {row["goal"]:.2f} {"met" if row["met"] else "MISSED"}')
+  return (f'{row["case"]:<60} {ratio["median"]:6.3f} [{ratio["q1"]:.3f}, {ratio["q3"]:.3f}] of '
+          f'{row["peer"]}{goal}')
+
+
+if __name__ == '__main__':
+  cli.run('bench')

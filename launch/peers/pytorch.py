@@ -1,0 +1,128 @@
+"""The peers of `smalti bench`, run by an interpreter that has torch and transformers.
+
+Reads requests and writes answers, one line of JSON each; `launch/timing.py` says which. Nothing of
+ours is imported here, and this is the only file that names torch.
+"""
+
+import json
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+
+THREADS = int(os.environ.get('OMP_NUM_THREADS', '2'))
+
+
+def nearest(codes, dim, rows, seed, form):
+  """Nearest of `codes` unit vectors to each of `rows`; with equal norms the largest product."""
+  random = np.random.default_rng(seed)
+  x = torch.from_numpy(random.standard_normal((rows, dim), np.float32))
+  table = random.standard_normal((codes, dim), np.float32)
+  table = torch.from_numpy(table / np.linalg.norm(table, axis=-1, keepdims=True))
+
+  @torch.no_grad()
+  def run():
+    if form == 'cdist':
+      return torch.cdist(x, table).argmin(-1)
+    return (x @ table.T).argmax(-1)
+
+  return run, lambda result: result.tolist()
+
+
+def llama(path, layers, width, heads, hidden, vocab):
+  """HuggingFace's Llama with the weights of `path`; the last row of its table is BOS."""
+  from transformers import LlamaConfig, LlamaForCausalLM
+  model = LlamaForCausalLM(LlamaConfig(
+      vocab_size=vocab + 1, hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers,
+      num_attention_heads=heads, max_position_embeddings=1024, rms_norm_eps=1e-5,
+      rope_theta=10000.0, tie_word_embeddings=False, bos_token_id=vocab, eos_token_id=None,
+      pad_token_id=0, attention_bias=False))
+  with np.load(path, allow_pickle=False) as arrays:
+    state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+  model.load_state_dict(state)
+  return model
+
+
+def decode(path, tokens, batch, length, **sizes):
+  """`generate` with its cache, sampling at temperature 1."""
+  model = llama(path, **sizes).eval()
+  bos = sizes['vocab']
+  start = torch.full((batch, 1), bos)
+
+  @torch.no_grad()
+  def run():
+    torch.manual_seed(0)
+    return model.generate(
+        start, attention_mask=torch.ones_like(start), do_sample=True, temperature=1.0, top_k=0,
+        top_p=1.0, min_new_tokens=length, max_new_tokens=length, use_cache=True)
+
+  @torch.no_grad()
+  def check(result):
+    assert result.shape == (batch, length + 1)
+    given = torch.tensor([[bos, *tokens[:-1]]])
+    places = torch.tensor([[0, *range(len(tokens) - 1)]])  # ours puts BOS and the first code at 0
+    logits = model(given, position_ids=places).logits[0, :, :bos]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+
+  return run, check
+
+
+def train_step(path, batch, length, **sizes):
+  """Forward, backward and fused AdamW, eager."""
+  model = llama(path, **sizes).train()
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+  random = np.random.default_rng(0)
+  tokens = torch.from_numpy(random.integers(0, sizes['vocab'], (batch, length + 1)))
+
+  def run():
+    logits = model(tokens[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+  return run, lambda result: float(result)
+
+
+CASES = {'nearest': nearest, 'decode': decode, 'train_step': train_step}
+
+
+def answer(request, current):
+  """The reply to one request; `current` holds the case that is timed."""
+  if 'calls' in request:
+    cpu, wall, calls = time.process_time(), time.perf_counter(), request['calls']
+    for _ in range(calls):
+      current['run']()
+    return {'cpu': (time.process_time() - cpu) / calls,
+            'wall': (time.perf_counter() - wall) / calls}
+  case = request.pop('case')
+  if case == 'used':
+    return {'cpu': time.process_time()}
+  if case == 'versions':
+    import transformers
+    return {'python': sys.version.split()[0], 'torch': torch.__version__,
+            'transformers': transformers.__version__, 'threads': torch.get_num_threads()}
+  current['run'], check = CASES[case](**request)
+  begin = time.perf_counter()
+  result = current['run']()
+  return {'first': time.perf_counter() - begin, 'check': check(result)}
+
+
+def main():
+  torch.set_num_threads(THREADS)
+  answers = os.fdopen(os.dup(1), 'w')  # libraries that print must not spoil the answers
+  os.dup2(2, 1)
+  current = {}
+  for line in sys.stdin:
+    try:
+      reply = answer(json.loads(line), current)
+    except Exception as error:  # the other side raises it
+      reply = {'error': f'{type(error).__name__}: {error}'}
+    print(json.dumps(reply), file=answers, flush=True)
+
+
+if __name__ == '__main__':
+  main()
