@@ -29,9 +29,10 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'down/kernel', ('tensor', 'fsdp')),                                   # [hidden, c]
     (r'modulation/kernel', ('fsdp', None)),
     (r'head/kernel', ('fsdp', 'tensor')),                                   # [c, v]
-    (r'(embedding|codebook|total|null)', ()),
-    (r'kernel', ()),
-    (r'(bias|scale|count|average|age|usage)', ()),
+    (r'embedding', ('fsdp',)),                                              # [v, c]
+    (r'(codebook|total|count)', ()),
+    (r'kernel', ()),                                                        # convolutions
+    (r'(bias|scale)', ()),
 )
 
 
