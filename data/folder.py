@@ -159,7 +159,8 @@ def survey(path: str | os.PathLike, size: int) -> Survey:
   if size < 1:
     raise ValueError(f'{size=} must be 1 or more pixels.')
   paths, closed, hidden = _scan(root)
-  examples, refused = [], []
+  examples: list[Example] = []
+  refused: list[Example] = []
   for path, finding in zip(paths, _findings(root, paths)):
     label = path.split('/')[0] if '/' in path else ''
     if finding.reason is None:

@@ -18,6 +18,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from smalti.data import images
 
@@ -80,24 +81,18 @@ class _Worker:
   """One worker process, started again after every file that killed it."""
 
   def __init__(self, seconds: float):
-    self.seconds, self.process, self.late = seconds, None, False
+    self.process: Any = None  # a Popen whose streams are pipes
+    self.seconds, self.late = seconds, False
 
   def inspect(self, path: str) -> Finding:
-    if self.process is None:
-      self.process = subprocess.Popen(
-          [sys.executable, '-P', '-m', 'smalti.data.inspection'], stdin=subprocess.PIPE,
-          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding='ascii')
-      if self.process.stdout.readline() != 'ready\n':
-        self.close()
-        raise RuntimeError('The worker that decodes images does not start: '
-                           f'run {sys.executable} -P -m smalti.data.inspection to see why.')
+    process = self.process or self._start()
     self.late = False
-    timer = threading.Timer(self.seconds, self._expire)
+    timer = threading.Timer(self.seconds, self._expire, (process,))
     timer.start()
     try:
-      self.process.stdin.write(json.dumps(path) + '\n')
-      self.process.stdin.flush()
-      answer = self.process.stdout.readline()
+      process.stdin.write(json.dumps(path) + '\n')
+      process.stdin.flush()
+      answer = process.stdout.readline()
     except BrokenPipeError:
       answer = ''
     finally:
@@ -110,9 +105,20 @@ class _Worker:
       return Finding(reason='timed out', detail=f'timed out: after {self.seconds:g} s')
     return Finding(reason='crashed the decoder', detail=f'crashed the decoder: exit {code}')
 
-  def _expire(self) -> None:
+  def _start(self) -> Any:
+    process: Any = subprocess.Popen(
+        [sys.executable, '-P', '-m', 'smalti.data.inspection'], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding='ascii')
+    self.process = process
+    if process.stdout.readline() != 'ready\n':
+      self.close()
+      raise RuntimeError('The worker that decodes images does not start: '
+                         f'run {sys.executable} -P -m smalti.data.inspection to see why.')
+    return process
+
+  def _expire(self, process: subprocess.Popen) -> None:
     self.late = True
-    self.process.kill()
+    process.kill()
 
   def close(self) -> int | None:
     if self.process is None:

@@ -9,7 +9,7 @@ def noise(*words: int | np.ndarray) -> np.ndarray:
   SplitMix64 (Steele, Lea and Flood 2014) chained over the words: the same numbers on every
   platform and NumPy version, in any order and batch. Distinct last words never collide.
   """
-  state = np.uint64(0)
+  state = np.asarray(0, np.uint64)
   for word in words:
     state = _mix(state ^ np.asarray(word).astype(np.uint64))
   return state

@@ -140,7 +140,7 @@ class TokenWriter:
       raise ValueError(f'{shard_size=} must be 1 or more rows.')
     self.folder, self.spec = pathlib.Path(folder), TokenSpec.from_json(spec)
     self.shard_size, self.complete = shard_size, False
-    self._item = {
+    self._item: dict[str, Any] = {
         'format': FORMAT, 'version': smalti.__version__, 'spec': json.loads(self.spec.to_json()),
         'fingerprint': fingerprint, 'tokenizer': tokenizer, 'classes': list(classes),
         'data': data, 'shard_size': shard_size, 'count': 0, 'keys': {}, 'shards': []}
@@ -169,8 +169,9 @@ class TokenWriter:
     if self.complete:
       raise ValueError(f'{self.folder} is finished; nothing can be added to it.')
     batch = {key: np.asarray(value) for key, value in batch.items()}
-    kinds = {key: {'shape': list(value.shape[1:]), 'dtype': self._dtype(key, value)}
-             for key, value in sorted(batch.items())}
+    kinds: dict[str, dict[str, Any]] = {
+        key: {'shape': list(value.shape[1:]), 'dtype': self._dtype(key, value)}
+        for key, value in sorted(batch.items())}
     if len({len(value) for value in batch.values()}) != 1 or 'tokens' not in batch:
       shapes = {key: value.shape for key, value in batch.items()}
       raise ValueError(f'A batch needs tokens and as many rows of everything else, got {shapes}.')

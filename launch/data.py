@@ -5,7 +5,6 @@ use. The same rules, caps and cache as `data.folder`, so that what it says is wh
 """
 
 import collections
-import dataclasses
 
 from absl import flags
 
@@ -17,11 +16,11 @@ PARTS = {'train', 'training', 'val', 'valid', 'validation', 'test', 'eval'}
 
 
 def define(values: flags.FlagValues) -> None:
-  defaults = {field.name: field.default for field in dataclasses.fields(FolderConfig)}
+  defaults = FolderConfig()
   flags.DEFINE_string('path', None, 'The folder.', flag_values=values)
-  flags.DEFINE_integer('size', defaults['size'], 'Pixels of the square that is read.',
+  flags.DEFINE_integer('size', defaults.size, 'Pixels of the square that is read.',
                        flag_values=values)
-  flags.DEFINE_float('eval_fraction', defaults['eval_fraction'], 'Share that is held out.',
+  flags.DEFINE_float('eval_fraction', defaults.eval_fraction, 'Share that is held out.',
                      flag_values=values)
   flags.DEFINE_boolean('all', False, 'Name every refused file and duplicate.', flag_values=values)
 
@@ -77,8 +76,8 @@ def _split(found: Survey, eval_fraction: float) -> list[str]:
   names = found.classes or ('',)
   width = max(12, *(len(printable(name)) for name in names))
   lines = [f'{"class":<{width}}  {"images":>9}  {"train":>9}  {"eval":>9}']
-  rows = [(printable(name), *(parts[p][name] for p in parts)) for name in names if name]
-  rows.append(('all', *(sum(part.values()) for part in parts.values())))
+  rows = [(printable(name), parts['train'][name], parts['eval'][name]) for name in names if name]
+  rows.append(('all', parts['train'].total(), parts['eval'].total()))
   lines += [f'{name:<{width}}  {train + held:>9,}  {train:>9,}  {held:>9,}'
             for name, train, held in rows]
   lines.append(f'The split is by content (eval_fraction={eval_fraction:g}): '

@@ -107,6 +107,7 @@ SEEDS = [encode(Image.effect_noise((23, 17), 60).convert(mode), kind)
                             ('RGBA', 'WEBP'), ('P', 'GIF'), ('RGB', 'BMP'), ('RGB', 'TIFF'))]
 
 
+@pytest.mark.filterwarnings('ignore::UserWarning:PIL')
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_mutated_files_decode_or_are_refused(data):
