@@ -1,0 +1,143 @@
+"""Tables are what their files say, and what the pages tell a reader to type exists."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from smalti.launch import cli, documents, provenance
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [p for p in documents.documents(ROOT) if p.exists()]
+RESULTS = ROOT / 'docs' / 'results'
+
+
+def name(path):
+  return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize('page', PAGES, ids=name)
+def test_tables_are_rendered_from_their_files(page):
+  text = page.read_text()
+  assert documents.render(text, RESULTS) == text, 'run python -m smalti.launch.documents'
+
+
+@pytest.mark.parametrize('path', sorted(RESULTS.glob('*.json')), ids=name)
+def test_results_say_how_to_repeat_them(path):
+  found = provenance.load(path)
+  assert found['command'] and found['commit'] and found['versions']['jax']
+  assert not re.search(r'(?<![\w.])/(home|root|tmp|work|Users)/', path.read_text()), 'a path'
+
+
+def commands(page):
+  """Lines of its shell blocks, continued ones joined, comments left out."""
+  for block in re.findall(r'```(?:sh|bash|console)\n(.*?)```', page.read_text(), re.DOTALL):
+    for line in block.replace('\\\n', ' ').splitlines():
+      words = shlex.split(line.removeprefix('$ '), comments=True)
+      while words and re.fullmatch(r'[A-Z_]+=.*', words[0]):  # SMALTI_DATA_DIR=... smalti ...
+        words = words[1:]
+      if words:
+        yield words
+
+
+COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+
+
+def check(words):
+  """Raises AssertionError unless the command could run here."""
+  program, *rest = words
+  if rest[:1] == ['-m'] and rest[1].startswith('smalti.launch.'):
+    program, rest = 'smalti', [rest[1].removeprefix('smalti.launch.'), *rest[2:]]
+  if Path(program).name == 'smalti':
+    verb, *options = rest
+    if verb == 'documents':
+      return
+    assert verb in cli.VERBS, f'no verb {verb}'
+    values = flags.FlagValues()
+    cli._define_common(values)
+    importlib.import_module(f'smalti.launch.{verb}').define(values)
+    for option in options:
+      check_option(option, values)
+  elif program == 'make':
+    targets = re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE)
+    assert set(w for w in rest if '=' not in w) <= {*targets}, f'no target among {rest}'
+
+
+def check_option(option, values):
+  found = re.fullmatch(r'--([\w]+)(\.[\w.\[\]]+)?(?:=(.*))?', option)
+  if not found:
+    assert not option.startswith('-'), f'{option} is written --name=value'
+    return
+  flag, path, text = found.groups()
+  assert flag in values or flag.startswith('no') and flag[2:] in values, f'no option --{flag}'
+  if flag == 'config' and path is None and not text.endswith(('.py', '.json')):
+    cli.load_config(text)  # raises for an unknown name or size
+  if flag == 'config' and path is not None:
+    from smalti.launch.experiment import Experiment
+    assert path.split('.')[1] in Experiment.__dataclass_fields__, f'no field {path}'
+
+
+@pytest.mark.parametrize(
+    ('page', 'words'), COMMANDS, ids=[f'{name(p)}: {" ".join(w)}'[:90] for p, w in COMMANDS])
+def test_commands_exist(page, words):
+  check(words)
+
+
+@pytest.mark.parametrize('line', [
+    'smalti trane --workdir=x', 'smalti train --wrkdir=x', 'make tests',
+    'smalti train --config=digits_vq:huge', 'smalti train --config.nothing=1 --workdir=x',
+    'python -m smalti.launch.nothing',
+])
+def test_a_wrong_command_is_caught(line):
+  with pytest.raises((AssertionError, ValueError)):
+    check(line.split())
+
+
+# The mechanism itself.
+
+
+@pytest.fixture
+def results(tmp_path):
+  rows = [{'case': 'a', 'ratio': {'median': 0.501}, 'met': True},
+          {'case': 'b', 'ratio': None, 'met': None}]
+  for file, content in {'rows.json': rows, 'runs.json': {
+      'ar': {'bits': {'value': 1.25}, 'n': 3}, 'masked': {'bits': {'value': 2.0}}}}.items():
+    (tmp_path / file).write_text(json.dumps({
+        'format': 1, 'command': 'smalti bench train', 'commit': 'c' * 40, 'modified': False,
+        'date': '2026-01-02T03:04:05Z', 'seconds': 61.2, 'machine': {'cores': 2},
+        'versions': {'jax': '1.2'}, 'results': content}))
+  return tmp_path
+
+
+SOURCE = ('<sub>`smalti bench train`, commit cccccccccc, 2026-01-02, 2 cores, jax 1.2, '
+          '61 s</sub>')
+
+
+def test_columns_are_templates(results):
+  open_ = '<!-- results: rows.json | Case = {case} | R = {ratio.median:.2f}x | Met = {met} -->\n'
+  table = '| Case | R | Met |\n|---|---|---|\n| a | 0.50x | yes |\n| b | x |  |\n\n'
+  text = f'before\n{open_}old\n<!-- end -->\nafter\n'
+  once = documents.render(text, results)
+  assert once == f'before\n{open_}{table}{SOURCE}\n<!-- end -->\nafter\n'
+  assert documents.render(once, results) == once
+
+
+def test_without_columns_every_number_is_one(results):
+  text = documents.render('<!-- results: runs.json -->\n<!-- end -->', results)
+  assert '|  | bits | n |\n|---|---|---|\n| ar | 1.25 | 3 |\n| masked | 2 |  |\n' in text
+
+
+def test_a_number_in_a_sentence(results):
+  text = 'at <!-- result: runs.json {ar.bits.value:.2f} -->?<!-- end --> bits'
+  assert '-->1.25<!-- end --> bits' in documents.render(text, results)
+
+
+@pytest.mark.parametrize('text', [
+    '<!-- results: rows.json -->\n', '<!-- results: none.json -->\n<!-- end -->'])
+def test_what_render_refuses(text, results):
+  with pytest.raises(ValueError):
+    documents.render(text, results)
