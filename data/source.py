@@ -22,11 +22,13 @@ class Source(Protocol):
 
   Attributes:
     classes: names of the labels, or () where there are none.
+    threads: optional; how many threads read ahead. Sources in memory want none (the default).
   """
   classes: tuple[str, ...]
 
   def __len__(self) -> int: ...
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples at `indices`, stacked: `image` uint8[B, H, W, C], `label` int32[B], `tokens`..."""
+    """The examples at `indices`, stacked in new arrays: `image` uint8[B, H, W, C], `label` int32[B],
+    `tokens`, and so on by the names of batch entries."""
     ...

@@ -15,6 +15,7 @@ import numpy as np
 from smalti.data.tokens import TokenWriter
 from smalti.launch import cli, run as runs
 from smalti.launch.progress import say, track
+from smalti.launch.serialization import to_json
 from smalti.networks.pixels import to_float
 from smalti.tokenizers.tokenizer import encode
 
@@ -26,9 +27,13 @@ def tokenize(tokenizer: runs.Loaded, data: Any, out: pathlib.Path, *, batch_size
     writer = TokenWriter(
         out / split, tokenizer.spec.to_json(), tokenizer.fingerprint,
         tokenizer=os.path.abspath(tokenizer.path) + f'@{tokenizer.step}'
-        if tokenizer.experiment else os.path.abspath(tokenizer.path))
-    total = -(-len(source) // batch_size)
-    for first in track(range(0, len(source), batch_size), total, 'batch'):
+        if tokenizer.experiment else os.path.abspath(tokenizer.path),
+        classes=source.classes, data=to_json(data), resume=True)
+    if writer.complete:
+      say(f'{split}: finished before, {out / split}')
+      continue
+    starts = range(writer.count, len(source), batch_size)
+    for first in track(starts, len(starts), 'batch'):
       indices = np.arange(first, min(first + batch_size, len(source)))
       rows = source.read(indices)
       tokens = encode(tokenizer.model, to_float(jnp.asarray(rows.pop('image'))))
