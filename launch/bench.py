@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from absl import flags
 
@@ -146,7 +146,7 @@ def _loop(bench: Bench, config: str) -> dict:
   # what costs by the step stays: data, logging, flags; evaluation and saving have their own cadence
   experiment.steps, experiment.checkpoint.best = 10**6, None
   experiment.checkpoint.every = experiment.eval.every = experiment.steps
-  job = training.Job(experiment, bench.folder / config, None)
+  job: Any = training.Job(experiment, bench.folder / config, None)
   job.save = lambda metrics: None
 
   class After:
@@ -161,10 +161,10 @@ def _loop(bench: Bench, config: str) -> dict:
       return self.left <= 0
 
   def loop(calls: int) -> None:
-    job.start = int(job.state['step'])
+    job.start, stop = int(job.state['step']), After(calls)
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stderr(nowhere):
       with contextlib.suppress(Preempted):
-        training.loop(job, After(calls))
+        training.loop(job, cast(Any, stop))
 
   batch = next(job.batches(0))
 

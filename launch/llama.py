@@ -46,7 +46,7 @@ class Sizes:
                 hidden=hidden_size(self.transformer))
 
 
-def weights(model: Autoregressive) -> dict[str, np.ndarray]:
+def weights(model: Autoregressive) -> dict[str, Any]:
   """The state dict of `LlamaForCausalLM`, as numpy arrays."""
   trunk = model.transformer
   if trunk.modulated or trunk.axes != 1 or trunk.blocks.attention.query_norm is not None:
