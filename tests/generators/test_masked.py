@@ -471,6 +471,16 @@ def test_no_eos_between_a_known_prefix_and_a_known_eos(sampler):
   assert np.all(tokens[:, :4] < 2)
 
 
+def test_known_tokens_stay_even_where_they_contradict_each_other():
+  spec = TokenSpec(grid=(4,), vocab=(3,), eos=2)
+  model = Masked(config(), spec, rngs=nnx.Rngs(0))
+  known = jnp.array([[0, 2, 0, 1]], jnp.int32)[..., None]
+  known_mask = jnp.array([[False, True, False, True]])[..., None]
+  sample = generate(model, None, keys=example_keys(0, jnp.arange(1)), known=known,
+                    known_mask=known_mask, settings=MaskedSettings(steps=2))
+  np.testing.assert_array_equal(np.asarray(sample.tokens)[0, 1:, 0], (2, 2, 1))
+
+
 # ---- labels and guidance
 
 Q = np.array([[.05, .45], [.25, .25]])
