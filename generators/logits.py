@@ -17,7 +17,7 @@ def guide(conditional: Float[Array, '*b v'], unconditional: Float[Array, '*b v']
   return unconditional + scale * (conditional - unconditional)
 
 
-def restrict(logits: Float[Array, '*b v'], support: Bool[Array, '*b v']) -> Float[Array, '*b v']:
+def restrict(logits: Float[Array, '*b v'], support: Bool[Array, '*#b v']) -> Float[Array, '*b v']:
   """-inf where `support` (such as `spec.support()`) has no id."""
   return jnp.where(support, logits.astype(jnp.float32), -jnp.inf)
 
