@@ -37,10 +37,10 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make(config: Any, devices: list | None = None) -> jax.sharding.Mesh:
-  """The mesh of a `MeshConfig` over all devices.
+  """The mesh of a `MeshConfig`; sizes that are all given may use fewer devices than there are.
 
   Raises:
-    ValueError: the axes do not multiply to the number of devices.
+    ValueError: the axes need more devices than there are, or do not divide them.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [getattr(config, axis) for axis in AXES]
@@ -48,12 +48,16 @@ def make(config: Any, devices: list | None = None) -> jax.sharding.Mesh:
     raise ValueError(f'mesh={dict(zip(AXES, sizes))} must hold sizes of 1 or more, and -1 once.')
   if -1 in sizes:
     sizes[sizes.index(-1)] = len(devices) // math.prod(s for s in sizes if s != -1)
-  if math.prod(sizes) != len(devices) or 0 in sizes:
+    exact = True
+  else:
+    exact = jax.process_count() > 1  # every process must take part
+  count = math.prod(sizes)
+  if not 0 < count <= len(devices) or (exact and count != len(devices)):
     raise ValueError(
-        f'mesh={dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, and there are '
+        f'mesh={dict(zip(AXES, sizes))} needs {count} devices, and there are '
         f'{len(devices)}; set one axis to -1 to take what is left.')
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES),
-                       devices=devices)
+                       devices=devices[:count])
 
 
 def distribute() -> None:

@@ -67,7 +67,7 @@ class Job:
     started = self.checkpoints.latest() is not None
     self.source = experiment.data.open('train')
     self.held_out = experiment.data.open('eval')
-    self.tokenizer = _tokenizer(experiment)
+    self.tokenizer = _tokenizer(experiment, self.mesh)
     _check_tokens(self.source, self.tokenizer)
     self.spec = self.tokenizer.spec if self.tokenizer else None
     for change in runs.open_workdir(workdir, experiment, started=started):
@@ -152,7 +152,7 @@ class Job:
         accumulate=experiment.accumulate, ema=experiment.ema)
     everywhere = meshes.replicated(self.mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere))
-    key = states.stream(experiment.seed, 'step')
+    key = jax.device_put(states.stream(experiment.seed, 'step'), everywhere)
     tokenizer = self.tokenizer and self.tokenizer.model
     arguments = self.state, next(self.batches(self.start)), key, tokenizer
     begin = time.perf_counter()
@@ -329,12 +329,16 @@ def _check_batch(experiment: Experiment, devices: int) -> None:
         f'{devices} x {experiment.accumulate}; the nearest is {nearest}.')
 
 
-def _tokenizer(experiment: Experiment) -> runs.Loaded | None:
+def _tokenizer(experiment: Experiment, mesh: jax.sharding.Mesh) -> runs.Loaded | None:
+  """The generator's tokenizer, on every device."""
   if not isinstance(experiment.model, GeneratorConfig):
     return None
   if experiment.tokenizer is None:
     raise ValueError('A generator needs --config.tokenizer=RUN, the run of a tokenizer.')
-  return runs.load(experiment.tokenizer)
+  loaded = runs.load(experiment.tokenizer)
+  structure = states.Structure.of(loaded.model)
+  leaves = jax.device_put(jax.device_get(structure.split(loaded.model)), meshes.replicated(mesh))
+  return dataclasses.replace(loaded, model=structure.merge(*leaves))
 
 
 def _check_tokens(source: Any, tokenizer: runs.Loaded | None) -> None:

@@ -127,8 +127,10 @@ def test_parameters_and_moments_are_split_over_fsdp_and_tensor():
 
 
 def test_errors_name_the_leaf_and_the_mesh():
+  with pytest.raises(ValueError, match='needs 12 devices, and there are 8'):
+    meshes.make(MeshConfig(data=3, fsdp=2, tensor=2))
   with pytest.raises(ValueError, match='needs 6 devices, and there are 8'):
-    meshes.make(MeshConfig(data=3, fsdp=2, tensor=1))
+    meshes.make(MeshConfig(data=-1, fsdp=3, tensor=1))
   mesh = meshes.make(MeshConfig(data=1, fsdp=8, tensor=1))
   with pytest.raises(ValueError, match='No sharding rule matches odd/wheel'):
     meshes.shardings(mesh, {'params': {'odd': {'wheel': jnp.zeros(3)}}, 'buffers': {}})

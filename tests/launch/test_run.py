@@ -16,7 +16,7 @@ from smalti.launch.train import Job, train
 
 def config(name, **overrides):
   return cli.load_config(f'{name}:debug', [
-      ('mesh.data', '8'), *((k.replace('__', '.'), str(v)) for k, v in overrides.items())])
+      ('mesh.data', '1'), *((k.replace('__', '.'), str(v)) for k, v in overrides.items())])
 
 
 @pytest.fixture(scope='module')
