@@ -84,8 +84,9 @@ class Autoencoder(Tokenizer):
     resolutions = [min(self.size) // s for s in sides]
     if unknown := sorted(set(config.attention) - set(resolutions)):
       raise ValueError(f'attention={unknown} is at none of the resolutions {resolutions}.')
-    self.quantizer = q = config.quantizer.build(rngs=rngs)
-    options = dict(
+    q: Any = config.quantizer.build(rngs=rngs)
+    self.quantizer = q
+    options: dict[str, Any] = dict(
         channels=config.channels, features=q.dim, width=config.width,
         multipliers=tuple(config.multipliers), blocks=config.blocks, patch=config.patch,
         attention=tuple(i for i, r in enumerate(resolutions) if r in config.attention),

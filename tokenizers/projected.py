@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from smalti.networks.convnet import kernel_init
 from smalti.tokenizers.quantizer import Quantized, Quantizer, QuantizerConfig
 from smalti.tokenizers.search import HIGHEST
 
@@ -31,11 +32,14 @@ class Projected(Quantizer):
   def __init__(self, config: ProjectedConfig, *, rngs: nnx.Rngs):
     if config.dim < 1:
       raise ValueError(f'dim={config.dim} must be positive.')
-    self.quantizer = q = config.quantizer.build(rngs=rngs)
+    q: Any = config.quantizer.build(rngs=rngs)
+    self.quantizer = q
     self.dim, self.vocab, self.factors = config.dim, q.vocab, q.factors
     self.order, self.budgets = q.order, q.budgets
-    self.reduce = nnx.Linear(config.dim, q.dim, precision=HIGHEST, rngs=rngs)
-    self.expand = nnx.Linear(q.dim, config.dim, precision=HIGHEST, rngs=rngs)
+    self.reduce = nnx.Linear(config.dim, q.dim, precision=HIGHEST, kernel_init=kernel_init,
+                            rngs=rngs)
+    self.expand = nnx.Linear(q.dim, config.dim, precision=HIGHEST, kernel_init=kernel_init,
+                            rngs=rngs)
 
   def __call__(self, z: Float[Array, 'b n c'], *, key: Array | None = None,
                train: bool = False) -> Quantized:

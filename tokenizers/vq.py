@@ -15,7 +15,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from smalti.tokenizers.quantizer import (
-    Buffer, Quantized, Quantizer, QuantizerConfig, Statistics, sg, straight_through)
+  Buffer,
+  Quantized,
+  Quantizer,
+  QuantizerConfig,
+  Statistics,
+  sg,
+  straight_through,
+)
 from smalti.tokenizers.search import nearest
 from smalti.tokenizers.statistics import diversity, segment_count, segment_sums, spare_rows
 
@@ -77,11 +84,12 @@ class VQ(Quantizer):
     self.update, self.decay, self.epsilon = config.update, config.decay, config.epsilon
     self.init, self.iterations = config.init, config.iterations
     self.cosine, self.revival = config.cosine, config.revival
-    shape = config.codes, config.dim
+    size = config.codes * config.dim
     if config.init == 'normal':
-      codes = jax.random.normal(rngs.params(), shape)
+      codes = jax.random.normal(rngs.params(), (size,))
     else:
-      codes = jax.random.uniform(rngs.params(), shape, minval=-1, maxval=1) / config.codes
+      codes = jax.random.uniform(rngs.params(), (size,), minval=-1, maxval=1) / config.codes
+    codes = codes.reshape(config.codes, config.dim)  # see `kernel_init` on drawing flat
     self.codebook = nnx.Param(codes) if config.update == 'gradient' else Buffer(codes)
     self.count = Buffer(jnp.ones(config.codes))
     if config.update == 'ema':
@@ -147,7 +155,7 @@ class VQ(Quantizer):
     if self.init not in ('data', 'kmeans'):
       return
     rows = self._metric(z.astype(jnp.float32)).reshape(-1, self.dim)
-    codes = spare_rows(rows, *self.vocab, key)
+    codes = spare_rows(rows, self.vocab[0], key)
     if self.init == 'kmeans':
       codes = kmeans(rows, codes, self.iterations)
     self.codebook[...] = codes

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+
 from smalti.tokenizers import tokenizer as jitted
 from smalti.tokenizers.autoencoder import AutoencoderConfig
 from smalti.tokenizers.projected import ProjectedConfig
