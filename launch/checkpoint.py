@@ -9,12 +9,14 @@ On disk: `<folder>/<step>/state` (a pure nested dict of arrays), `<step>/item` (
 """
 
 import json
+import logging as standard_logging
 import math
 import os
 import pathlib
 import re
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -193,7 +195,7 @@ class Checkpoints:
       ValueError: `abstract` does not fit, or the format is unknown.
     """
     steps = self.steps()
-    step = self._first_whole(steps[::-1])
+    step = self._first_whole(steps[::-1], say=False)  # said below, with what is done about it
     if steps and step is None:
       reason = manifest.damage(self.folder / str(steps[-1]))
       raise CheckpointError(
@@ -208,7 +210,8 @@ class Checkpoints:
   # Inside
 
   def _open(self) -> ocp.CheckpointManager:
-    logging.get_absl_logger().addFilter(_reported_by_us)
+    for logger in (logging.get_absl_logger(), standard_logging.getLogger('asyncio')):
+      logger.addFilter(_not_reported_by_us)
     self._together(self._sweep)
     self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
         preservation_policy=self._policy,
@@ -268,13 +271,14 @@ class Checkpoints:
     if self._manager is not None:
       self._manager.reload()
 
-  def _first_whole(self, steps: list[int]) -> int | None:
+  def _first_whole(self, steps: list[int], say: bool = True) -> int | None:
     def find():
       for step in steps:
         reason = manifest.damage(self.folder / str(step))
         if reason is None:
           return step
-        logging.warning('checkpoint %s is damaged: %s.', self.folder / str(step), reason)
+        if say:
+          logging.warning('checkpoint %s is damaged: %s.', self.folder / str(step), reason)
       return None
     return self._together(find)
 
@@ -349,9 +353,13 @@ class _Best(checkpoint_managers.PreservationPolicy):
     return [info.step == best for info in checkpoints]
 
 
-def _reported_by_us(record) -> bool:
+def _not_reported_by_us(record: standard_logging.LogRecord) -> bool:
   """A logging filter: what Orbax logs with a traceback reaches the user as our one line."""
-  return not (record.exc_info and 'orbax' in record.pathname)
+  if not record.exc_info:
+    return True
+  files = [record.pathname, *(
+      frame.f_code.co_filename for frame, _ in traceback.walk_tb(record.exc_info[2]))]
+  return not any('orbax' in file for file in files)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -21,7 +21,7 @@ import sys
 import sysconfig
 import typing
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from absl import flags
 from ml_collections import config_flags
@@ -156,7 +156,7 @@ def _parse(verb: str, values: flags.FlagValues, arguments: list[str]) -> None:
   if 'config' in values:
     if values.config is not None:
       values['config'].value = load_config(values.config, overrides['config'], values.plugin)
-    elif values['config'].required or overrides['config']:
+    elif cast(_ConfigFlag, values['config']).required or overrides['config']:
       raise ValueError(f'{verb} needs --config=NAME[:size] or a path to a .py or .json; '
                        f'packaged are {", ".join(packaged())}.')
 
@@ -269,7 +269,7 @@ def override(config: Any, path: str, text: str, *, tree: str = 'config') -> Any:
 
 def _copy(value: Any) -> Any:
   """The same tree in which no two fields share a node."""
-  if dataclasses.is_dataclass(value):
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
     return dataclasses.replace(
         value, **{f.name: _copy(getattr(value, f.name)) for f in dataclasses.fields(value)})
   return tuple(map(_copy, value)) if isinstance(value, tuple) else value
@@ -356,11 +356,12 @@ def _descend(node: Any, parts: list[str], text: str, path: str, root: Any) -> An
 
 def _read(annotation: Any, text: str, old: Any, path: str) -> Any:
   """The text as a value of the annotation, by config_flags where it has a parser."""
+  inner: Any
   inner, optional = serialization.unwrap(annotation)
   if optional and text.lower() == 'none':
     return None
   if inner is object or dataclasses.is_dataclass(inner) and (
-      text != 'build' or old is not None or inner.__subclasses__()):
+      text != 'build' or old is not None or cast(type, inner).__subclasses__()):
     raise ValueError(
         f'--{path}={text}: which config stands there is chosen by size or file; override its '
         f'fields{", or say none" if optional else ""}.')
@@ -422,8 +423,7 @@ def _complain(error: BaseException) -> None:
   print(f'smalti: {" ".join(text.split())}', file=sys.stderr, flush=True)
 
 
-_MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
-             PermissionError)
+_MISTAKES = (ValueError, OSError)  # a full disk too: what is to be done is in the message
 
 
 def _by_user(error: Exception) -> bool:

@@ -468,7 +468,7 @@ def test_killed_while_saving(tmp_path, kills):
 
 
 LIMIT = '''
-import resource, sys
+import json, pathlib, resource, sys
 import jax, jax.numpy as jnp
 from smalti.launch import manifest
 from smalti.launch.checkpoint import CheckpointError, Checkpoints
@@ -479,14 +479,14 @@ def save(step, size=4096):
   checkpoints.wait()
 save(1)
 save(2)
+errors = []
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-for step, limit in enumerate(map(int, sys.argv[2:]), 3):
+for step, limit in enumerate(map(int, sys.argv[3:]), 3):
   resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
   try:
     save(step)
-    print('SAVED')
   except CheckpointError as error:
-    print('ERROR', error)
+    errors.append(str(error))
   resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
   assert checkpoints.steps() == [1, 2], checkpoints.steps()
   assert all(manifest.damage(f'{sys.argv[1]}/{step}') is None for step in (1, 2))
@@ -494,23 +494,24 @@ checkpoints.close()
 checkpoints = Checkpoints(sys.argv[1])
 assert checkpoints.restore_newest(None)[0] == 2
 save(20)
-print('DONE', checkpoints.steps())
+assert checkpoints.steps() == [2, 20]
+pathlib.Path(sys.argv[2]).write_text(json.dumps(errors))
 '''
 
 
 def test_write_that_the_kernel_refuses(tmp_path):
   """A limit of file size makes writes fail in the kernel, Tensorstore's as well as Python's."""
   limits = [0, 50, 200, 1000, 8000, 16000]
-  process = run(LIMIT, tmp_path / 'checkpoints', *limits)
+  process = run(LIMIT, tmp_path / 'checkpoints', tmp_path / 'report.json', *limits)
   output, _ = process.communicate(timeout=200)
-  errors = [line for line in output.splitlines() if line.startswith('ERROR')]
-  assert process.returncode == 0 and 'DONE [2, 20]' in output, output
+  assert process.returncode == 0, output
+  errors = json.loads((tmp_path / 'report.json').read_text())
   assert len(errors) == len(limits), output
-  assert all(str(tmp_path) in line and 'free space' in line for line in errors)
+  assert all(str(tmp_path) in error and 'free space' in error for error in errors)
 
 
 FULL = '''
-import ctypes, os, pathlib, sys
+import ctypes, json, os, pathlib, sys
 import jax, jax.numpy as jnp
 from smalti.launch import manifest
 from smalti.launch.checkpoint import CheckpointError, Checkpoints
@@ -524,14 +525,13 @@ save(1)
 disk.full_disk_arm(os.fsencode(folder), 1 << 30)
 save(2)
 writes = disk.full_disk_disarm()
-print('WRITES', writes)
+errors = []
 for k in range(1, writes + 1):
   disk.full_disk_arm(os.fsencode(folder), k)
   try:
     save(2 + k)
-    print('SAVED', k)
   except CheckpointError as error:
-    print('ERROR', k, error)
+    errors.append(str(error))
   disk.full_disk_disarm()
   assert checkpoints.steps() == [1, 2], checkpoints.steps()
   assert all(manifest.damage(folder / str(step)) is None for step in (1, 2))
@@ -539,7 +539,8 @@ checkpoints.close()
 assert Checkpoints(folder).restore_newest(None)[0] == 2
 assert sorted(path.name for path in folder.iterdir()) == ['1', '2']
 save(99)
-print('DONE', checkpoints.steps())
+assert checkpoints.steps() == [2, 99]
+pathlib.Path(sys.argv[2]).write_text(json.dumps({'writes': writes, 'errors': errors}))
 '''
 
 
@@ -550,14 +551,15 @@ def test_disk_full_at_every_write(tmp_path):
   library = tmp_path / 'full_disk.so'
   subprocess.run(['cc', '-O1', '-shared', '-fPIC', '-o', library,
                   pathlib.Path(__file__).with_name('full_disk.c'), '-ldl'], check=True)
-  process = run(FULL, tmp_path / 'checkpoints', env=os.environ | {'LD_PRELOAD': str(library)})
+  process = run(FULL, tmp_path / 'checkpoints', tmp_path / 'report.json',
+                env=os.environ | {'LD_PRELOAD': str(library)})
   output, _ = process.communicate(timeout=200)
-  assert process.returncode == 0 and 'DONE [2, 99]' in output, output
-  writes = int(output.split('WRITES ')[1].split()[0])
-  errors = [line for line in output.splitlines() if line.startswith('ERROR')]
-  assert writes > 20 and len(errors) == writes, output
-  for line in errors:
-    assert 'No space left on device' in line and str(tmp_path) in line and 'free space' in line
+  assert process.returncode == 0, output
+  report = json.loads((tmp_path / 'report.json').read_text())
+  assert report['writes'] > 20 and len(report['errors']) == report['writes'], output
+  for error in report['errors']:
+    assert 'No space left on device' in error and str(tmp_path) in error and 'free space' in error
+  assert 'never retrieved' not in output, output  # Orbax's tracebacks beside our line
 
 
 def test_folder_that_cannot_be_made(tmp_path):
