@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from smalti.networks.layers import Linear, RMSNorm, constrain, dropout, rotate, rotation
 
-Rotations = tuple[Float[Array, '*b n f'], Float[Array, '*b n f']]
+Rotations = tuple[Float[Array, '... p'], Float[Array, '... p']]
 Cache = list[tuple[Float[Array, 'b k t f'], Float[Array, 'b k t f']]]
 
 
@@ -90,6 +90,8 @@ class Block(nnx.Module):
   def __call__(self, x: Float[Array, 'b n c'], *, modulation: Array | None = None,
                key: Array | None = None, **attention: Any) -> tuple[Array, Any]:
     keys = (None, None) if key is None else jax.random.split(key)
+    gate_a: Any
+    gate_m: Any
     if self.modulation is None:
       shift_a = scale_a = shift_m = scale_m = None
       gate_a = gate_m = 1
@@ -126,7 +128,7 @@ class Transformer(nnx.Module):
         config.width, 2 * config.width, bias=True, std=0, rngs=rngs) if config.modulated else None
 
   def __call__(self, x: Float[Array, 'b n c'], *,
-               positions: Int[Array, '*b n a'] | Rotations | None = None, causal: bool = False,
+               positions: Int[Array, '... n a'] | Rotations | None = None, causal: bool = False,
                mask: Bool[Array, 'b n'] | None = None,
                modulation: Float[Array, 'b c'] | None = None, key: Array | None = None,
                train: bool = False) -> Float[Array, 'b n c']:
@@ -178,8 +180,8 @@ class Transformer(nnx.Module):
             for i in range(self.layers)]
 
   def extend(self, x: Float[Array, 'b m c'], cache: Cache, *,
-             positions: Int[Array, '*b m a'] | Rotations | None = None,
-             index: Int[Array, '*b'] | int = 0, mask: Bool[Array, 'b t'] | None = None,
+             positions: Int[Array, '... m a'] | Rotations | None = None,
+             index: Int[Array, '...'] | int = 0, mask: Bool[Array, 'b t'] | None = None,
              modulation: Float[Array, 'b c'] | None = None, layers: list[Block] | None = None
              ) -> tuple[Float[Array, 'b m c'], Cache]:
     """Causal decoding: writes m entries at `index` and attends to all entries up to its own.
@@ -198,10 +200,12 @@ class Transformer(nnx.Module):
       written.append(entry)
     return self._last(x, modulation), written
 
-  def rotations(self, positions: Int[Array, '*b n a'] | Rotations | None) -> Rotations | None:
+  def rotations(self, positions: Int[Array, '... n a'] | Rotations | None) -> Rotations | None:
     """(cos, sin) of positions; made once, outside the token loop, they need no cosines in it."""
-    if isinstance(positions, tuple) or not self.axes:
-      return positions if self.axes else None
+    if not self.axes:
+      return None
+    if isinstance(positions, tuple):
+      return positions
     if positions is None or positions.shape[-1] != self.axes:
       raise ValueError(
           f'positions of shape {getattr(positions, "shape", None)} must end in '
