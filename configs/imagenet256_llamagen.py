@@ -20,7 +20,8 @@ from smalti.tokenizers.spec import TokenSpec
 # are those of the official constructor, which the paper rounds to 111M, 343M, 775M, 1.4B and 3.1B.
 SIZES = {
     'debug': dict(layers=2, width=32, heads=2, hidden=64, guidance=2.0, published=None),
-    'B': dict(layers=12, width=768, heads=12, hidden=2048, guidance=2.0, published=(110.9e6, 0.05e6)),
+    'B': dict(layers=12, width=768, heads=12, hidden=2048, guidance=2.0,
+              published=(110.9e6, 0.05e6)),
     'L': dict(layers=24, width=1024, heads=16, hidden=2816, guidance=2.0,
               published=(342.9e6, 0.05e6)),
     'XL': dict(layers=36, width=1280, heads=20, hidden=3584, guidance=1.75,

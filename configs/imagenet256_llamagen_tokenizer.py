@@ -40,11 +40,12 @@ def get_config(size: str = 'base') -> Experiment:
       data=TFDSConfig(name='imagenet2012', size=options['image']),
       steps=options['steps'],
       batch_size=options['batch_size'],
-      optimizer=OptimizerConfig(rate=1e-4, schedule='constant', weight_decay=0.05, betas=(0.9, 0.95)),
+      optimizer=OptimizerConfig(
+          rate=1e-4, schedule='constant', weight_decay=0.05, betas=(0.9, 0.95)),
       ema=0.9999,
       mesh=MeshConfig(data=-1),
       checkpoint=CheckpointConfig(every=5000, best='eval/mse'),
       eval=EvalConfig(every=5000, batches=40),
       published=Published(
-          parameters=options['published'], tolerance=0.05e6,
+          parameters=options['published'], tolerance=0.05e6 if options['published'] else 0.0,
           source='count of the official constructor; paper and README say 72M'))

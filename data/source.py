@@ -29,6 +29,6 @@ class Source(Protocol):
   def __len__(self) -> int: ...
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples at `indices`, stacked in new arrays: `image` uint8[B, H, W, C], `label` int32[B],
+    """The examples at `indices`, in new arrays: `image` uint8[B, H, W, C], `label` int32[B],
     `tokens`, and so on by the names of batch entries."""
     ...

@@ -192,7 +192,8 @@ class Classifier:
       with np.load(path, allow_pickle=False) as file:
         if int(file['format']) != FORMAT:
           raise ValueError(f'format {int(file["format"])}, this version reads {FORMAT}')
-        shape = tuple(int(v) for v in file['shape'])
+        height, width, channels = (int(v) for v in file['shape'])
+        shape = height, width, channels
         found = cls(str(file['name']), shape, file['weights'], file['bias'],
                     float(file['accuracy']))
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -214,7 +215,7 @@ def shrink(images: Images, side: int = SIDE) -> Images:
   for i, image in enumerate(images):
     for c in range(images.shape[3]):
       plane = Image.fromarray(image[..., c])
-      out[i, ..., c] = plane.resize((width, height), Image.Resampling.BOX)
+      out[i, ..., c] = np.asarray(plane.resize((width, height), Image.Resampling.BOX))
   return out
 
 

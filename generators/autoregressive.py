@@ -177,8 +177,11 @@ class Autoregressive(Generator):
     state = (jnp.asarray(prefill), slots[:, -1:], cache, tokens, done, jnp.zeros(batch))
     for end in segments(prefill, length):
       state = (*state[:2], self.transformer.grow(state[2], end), *state[3:])
-      state = jax.lax.while_loop(  # nothing is left to do once every row has its EOS
-          lambda state, end=end: (state[0] < end) & ~jnp.all(state[4]), step, state)
+
+      def unfinished(state, end=end):  # nothing is left to do once every row has its EOS
+        return (state[0] < end) & ~jnp.all(state[4])
+
+      state = jax.lax.while_loop(unfinished, step, state)
     last, _, _, tokens, _, log_prob = state
     if self.flat.eos is not None:
       tokens = self.flat.canonical(tokens[..., None])[..., 0]

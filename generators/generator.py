@@ -1,6 +1,7 @@
 """The Generator contract: tokens to a distribution over tokens, and samples of it."""
 
 import dataclasses
+import typing
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from smalti.networks.model import ModelConfig
 from smalti.tokenizers.spec import TokenSpec
 
 
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
 def settings(cls: type) -> type:
   """Makes a frozen dataclass a pytree of sampling settings.
 

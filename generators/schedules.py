@@ -11,7 +11,7 @@ static and all floats may be traced.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -127,9 +127,10 @@ def stratified(key: Array, size: int) -> Float[Array, 'b']:
   return (jax.random.uniform(key) + jnp.arange(size) / size) % 1
 
 
-def ratio(name: Ratio, u: Float[Array, '*b'] | np.ndarray) -> Float[Array, '*b']:
+def ratio(name: Ratio, u: Float[Array, '*b'] | Float[np.ndarray, '*b']
+          ) -> Float[Array, '*b'] | Float[np.ndarray, '*b']:
   """gamma(u), the fraction still masked at progress u in [0, 1] (arXiv 2202.04200); 1 to 0."""
-  xp = np if isinstance(u, np.ndarray) else jnp
+  xp: Any = np if isinstance(u, np.ndarray) else jnp
   if name == 'cosine':
     return xp.cos(math.pi / 2 * u)
   if name == 'arccos':
@@ -165,7 +166,7 @@ def remaining(name: Ratio, steps: int, unknown: Int[Array, '*b'], *, rounding: s
     raise ValueError(f'steps={steps} must be at least 1.')
   unknown = jnp.asarray(unknown, jnp.int32)
   step = jnp.arange(steps).reshape(-1, *(1,) * unknown.ndim)
-  gamma = ratio(name, np.arange(1, steps + 1) / steps)
+  gamma: Any = ratio(name, np.arange(1, steps + 1) / steps)
   if rounding == 'masked':
     wanted = jnp.maximum(_floor(unknown, gamma), 1)
   else:

@@ -88,8 +88,8 @@ class TabularGenerator(Generator):
   def table(self) -> Float[Array, '...']:
     """Joint probabilities with one axis per code."""
     shape = self.spec.vocab * self.spec.length
-    arrays = np.indices(shape).reshape(len(shape), -1).T
-    arrays = arrays.reshape(-1, self.spec.length, self.spec.depth)
+    flat = np.indices(shape).reshape(len(shape), -1).T
+    arrays = flat.reshape(-1, self.spec.length, self.spec.depth)
     legal = np.all(arrays == self.spec.canonical(arrays), (1, 2)).reshape(shape)
     logits = jnp.where(legal, self.bias[...], -jnp.inf)
     return jnp.exp(logits - jax.nn.logsumexp(logits))

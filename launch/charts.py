@@ -11,6 +11,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,7 @@ def _svg(title: str, lines: Sequence[Line], identity: str, linear: bool) -> str:
   import matplotlib  # half a second, for this verb alone
   from matplotlib.figure import Figure
   from matplotlib.ticker import EngFormatter, LogFormatterSciNotation, MaxNLocator, NullFormatter
-  style = {
+  style: dict[Any, Any] = {
       'svg.fonttype': 'none', 'svg.hashsalt': identity, 'axes.edgecolor': RULE,
       'axes.spines.top': False, 'axes.spines.right': False, 'axes.spines.left': False,
       'xtick.color': RULE, 'ytick.color': RULE, 'xtick.labelcolor': INK, 'ytick.labelcolor': INK,

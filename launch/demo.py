@@ -14,8 +14,7 @@ import jax
 import numpy as np
 
 from smalti.evaluation.manifest import Score
-from smalti.launch import cli, pictures, provenance, report, run as runs
-from smalti.launch import evaluate as scoring
+from smalti.launch import cli, evaluate as scoring, pictures, provenance, report, run as runs
 from smalti.launch.progress import say
 from smalti.launch.reconstruct import pairs, reconstruct
 from smalti.launch.sample import draw, record, resolve_settings, write

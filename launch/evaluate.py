@@ -52,7 +52,7 @@ class Scores:
   """Collects scores that share a model, weights, settings and seeds."""
 
   def __init__(self, loaded: runs.Loaded | None, name: str, settings: Any, seeds: tuple[int, ...]):
-    self.common = dict(
+    self.common: dict[str, Any] = dict(
         model=name if loaded is None else f'{loaded.fingerprint} {loaded.path.name}@{loaded.step}',
         weights='none' if loaded is None else loaded.weights,
         settings={} if settings is None else to_json(settings), seeds=seeds,
@@ -78,7 +78,7 @@ def evaluate_tokenizer(loaded: runs.Loaded, scores: Scores, held_out: Split) -> 
     images, tokens = reconstruct(loaded, held_out.images, keep=keep)
     result = reconstruction.compare(held_out.images, images)
     suffix = '' if keep is None else f'_keep{keep}'
-    common = dict(samples=result.images, reference=held_out.fingerprint,
+    common: dict[str, Any] = dict(samples=result.images, reference=held_out.fingerprint,
                   reference_samples=result.images)
     if result.psnr is not None:
       scores.add(f'psnr{suffix}', result.psnr, unit='dB', higher=True, exact=result.exact,
@@ -147,7 +147,7 @@ def evaluate_samples(scores: Scores, images: np.ndarray, labels: np.ndarray | No
                      'name data of the same size with --data=CONFIG.')
   judged = train.labels is not None and len(np.unique(train.labels)) > 1
   small = images[0].size <= 4096
-  extractor = (features.Classifier.fit('mlp64', (train.images, train.labels),
+  extractor: Any = (features.Classifier.fit('mlp64', (train.images, train.labels),
                                        (held_out.images, held_out.labels))
                if judged and small else features.Principal.fit(
                    train.images, min(64, len(train.images) - 1, images[0].size)))
@@ -206,7 +206,7 @@ def _pixels(data: Any, tokenizer: runs.Loaded) -> Any:
 
 
 def evaluate_file(path: pathlib.Path, config: str, out: pathlib.Path) -> list[Score]:
-  """Scores uint8 images of an ADM-style .npz (`arr_0`, labels in `arr_1`) against a config's data."""
+  """Scores uint8 images of an ADM-style .npz (`arr_0`, labels `arr_1`) against a config's data."""
   try:
     with np.load(path, allow_pickle=False) as file:
       images, labels = file['arr_0'], file['arr_1'] if 'arr_1' in file else None

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import smalti
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+import smalti
 from smalti.launch import cli, run as runs, serialization, state as states
 from smalti.launch.progress import say
 from smalti.networks.model import ModelConfig
@@ -63,7 +63,7 @@ def load(path: pathlib.Path, plugins: tuple[str, ...] = ()) -> runs.Loaded:
     raise ValueError(f'{path}: leaf {name} is missing or unknown; export it again.')
   for name, leaf in expected.items():
     if leaves[name].shape != leaf.shape or leaves[name].dtype != leaf.dtype:
-      raise ValueError(f'{path}: {name} is {leaves[name].dtype}{leaves[name].shape}, and its config '
+      raise ValueError(f'{path}: {name} is {leaves[name].dtype}{leaves[name].shape}, its config '
                        f'says {leaf.dtype}{leaf.shape}; export it again.')
   tree = states.from_dict(target, _nested(leaves))
   model = structure.merge(tree['params'], tree['buffers'])

@@ -25,7 +25,8 @@ def reconstruct(tokenizer: runs.Loaded, images: np.ndarray, *, batch_size: int =
     keeps = None if keep is None else jnp.full(len(part), keep, jnp.int32)
     parts.append((np.asarray(to_uint8(decode(tokenizer.model, tokens, keep=keeps))),
                   np.asarray(tokens)))
-  return tuple(np.concatenate(part) for part in zip(*parts))
+  images, tokens = (np.concatenate(part) for part in zip(*parts))
+  return images, tokens
 
 
 def pairs(images: np.ndarray, reconstructions: np.ndarray, columns: int) -> np.ndarray:

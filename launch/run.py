@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import smalti
 from flax import nnx
 
+import smalti
 from smalti.generators.generator import GeneratorConfig
 from smalti.launch import serialization, state as states
 from smalti.launch.checkpoint import Checkpoints
@@ -45,7 +45,7 @@ class Loaded:
     path: the run folder or file.
     weights: 'ema' or 'raw'.
   """
-  model: nnx.Module
+  model: Any
   config: ModelConfig
   spec: TokenSpec
   fingerprint: str
@@ -119,7 +119,7 @@ def open_workdir(workdir: pathlib.Path, experiment: Experiment, *, started: bool
   return changes
 
 
-def build(config: ModelConfig, spec: TokenSpec | None, rngs: nnx.Rngs) -> nnx.Module:
+def build(config: Any, spec: TokenSpec | None, rngs: nnx.Rngs) -> Any:
   """The module of a component config; generators are built for the tokens of `spec`."""
   if not isinstance(config, GeneratorConfig):
     return config.build(rngs=rngs)
@@ -163,8 +163,8 @@ def load(reference: str | os.PathLike, *, weights: str = 'ema',
     return _load_token_folder(folder, weights, plugins)
   if not folder.exists():
     raise FileNotFoundError(
-        f'No tokenizer or run at {text}; name a run folder, RUN@STEP, an exported .safetensors file '
-        'or a token folder.')
+        f'No tokenizer or run at {text}; name a run folder, RUN@STEP, an exported .safetensors '
+        'file or a token folder.')
   experiment = read_experiment(folder, plugins)
   checkpoints = Checkpoints(folder / 'checkpoints', best=experiment.checkpoint.best,
                             mode=experiment.checkpoint.mode)

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import smalti
 
+import smalti
 from smalti.generators.generator import example_keys, generate
 from smalti.launch import cli, pictures, run as runs, state as states
 from smalti.launch.progress import say, track
@@ -25,7 +25,7 @@ from smalti.tokenizers.tokenizer import decode
 
 @dataclasses.dataclass
 class Samples:
-  """What `draw` returns: tokens int32[n, N, D], images uint8[n, H, W, C], labels int32[n] or None."""
+  """Drawn: tokens int32[n, N, D], images uint8[n, H, W, C], labels int32[n] or None."""
   tokens: np.ndarray
   images: np.ndarray
   labels: np.ndarray | None
@@ -51,8 +51,8 @@ def draw(generator: runs.Loaded, tokenizer: runs.Loaded, *, n: int, seed: int, s
     condition = None if labels is None else {'label': jnp.asarray(labels[index])}
     keys = example_keys(root, jnp.asarray(index))
     sample = generate(generator.model, condition, keys=keys, settings=settings)
-    images = to_uint8(decode(tokenizer.model, sample.tokens, keys=keys))
-    parts.append(jax.device_get((sample.tokens, images)))
+    drawn = to_uint8(decode(tokenizer.model, sample.tokens, keys=keys))
+    parts.append(jax.device_get((sample.tokens, drawn)))
     nfe = int(sample.nfe)
   tokens, images = (np.concatenate(part)[:n] for part in zip(*parts))
   return Samples(tokens, images, labels, nfe)
@@ -74,7 +74,7 @@ def record(generator: runs.Loaded, settings: Any, *, n: int, seed: int, nfe: int
 
 def write(folder: pathlib.Path, name: str, samples: Samples, item: dict, *, columns: int) -> None:
   folder.mkdir(parents=True, exist_ok=True)
-  arrays = {'arr_0': samples.images, 'tokens': samples.tokens}
+  arrays: dict[str, Any] = {'arr_0': samples.images, 'tokens': samples.tokens}
   if samples.labels is not None:
     arrays['arr_1'] = samples.labels
   np.savez(folder / f'{name}.npz', **arrays)

@@ -150,7 +150,7 @@ def _walk(value: Any, annotation: Any, path: str, walk: _Walk) -> Any:
     if any(type(m) is type(value) and m == value for m in typing.get_args(inner)):
       return value
   elif origin is tuple:
-    if isinstance(value, walk.source):
+    if isinstance(value, list | tuple) and isinstance(value, walk.source):
       elements = typing.get_args(inner)
       if elements[-1] is Ellipsis:
         elements = elements[:1] * len(value)

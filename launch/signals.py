@@ -7,6 +7,7 @@ who cannot wait sends a second signal, which ends the process at once.
 import os
 import signal
 from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ class Preemption:
 
   def __init__(self):
     self.requested = False
-    self._previous: dict[int, object] = {}
+    self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> 'Preemption':
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,7 +1,7 @@
 """TrainState: step, params, buffers, ema and optimizer, as pure nested dicts of arrays.
 
-A model is split once into a `Structure` and dicts with string keys; `Structure.merge` puts them back
-inside jitted functions. What a checkpoint holds is exactly this tree.
+A model is split once into a `Structure` and dicts with string keys; `Structure.merge` puts them
+back inside jitted functions. What a checkpoint holds is exactly this tree.
 """
 
 import dataclasses
@@ -30,21 +30,22 @@ class Structure:
   graphdef: Any
   params: tuple[tuple[str, ...], ...]
   buffers: tuple[tuple[str, ...], ...]
-  definitions: tuple[Any, Any]
+  definitions: tuple[Any, ...]
 
   @classmethod
   def of(cls, model: nnx.Module) -> 'Structure':
     graphdef, *states = nnx.split(model, nnx.Param, ...)
-    paths = tuple(tuple(_names(path) for path, _ in _leaves(state)) for state in states)
-    return cls(graphdef, *paths, tuple(jax.tree.structure(state) for state in states))
+    params, buffers = (tuple(_names(path) for path, _ in _leaves(state)) for state in states)
+    return cls(graphdef, params, buffers, tuple(jax.tree.structure(state) for state in states))
 
   def split(self, model: nnx.Module) -> tuple[dict, dict]:
     """(params, buffers) of a module with this structure."""
     _, *states = nnx.split(model, nnx.Param, ...)
-    return tuple(
+    params, buffers = (
         _nest({_names(path): leaf for path, leaf in _leaves(state)}) for state in states)
+    return params, buffers
 
-  def merge(self, params: dict, buffers: dict) -> nnx.Module:
+  def merge(self, params: dict, buffers: dict) -> Any:
     """The module with these arrays (or abstract arrays)."""
     states = [
         jax.tree.unflatten(definition, [_at(tree, path) for path in paths])

@@ -20,7 +20,8 @@ from smalti.networks.pixels import to_float
 from smalti.tokenizers.tokenizer import encode
 
 
-def tokenize(tokenizer: runs.Loaded, data: Any, out: pathlib.Path, *, batch_size: int = 256) -> None:
+def tokenize(tokenizer: runs.Loaded, data: Any, out: pathlib.Path, *, batch_size: int = 256
+             ) -> None:
   """Encodes both splits of `data` (a DataConfig) into `out`."""
   for split in ('train', 'eval'):
     source = data.open(split)
@@ -74,8 +75,8 @@ def _data(name: str | None, tokenizer: runs.Loaded) -> Any:
     from smalti.data.folder import FolderConfig
     if isinstance(data, FolderConfig):
       return dataclasses.replace(data, path=name)
-    return FolderConfig(path=name, size=tokenizer.config.image_size[0],
-                        channels=tokenizer.config.channels)
+    config: Any = tokenizer.config
+    return FolderConfig(path=name, size=config.image_size[0], channels=config.channels)
   return cli.load_config(name).data
 
 

@@ -43,7 +43,7 @@ class Tracker:
     if wandb not in ('off', 'offline', 'online'):
       raise ValueError(f"{wandb=} must be 'off', 'offline' or 'online'.")
     self._file = None
-    self._run = None
+    self._run: Any = None
     if jax.process_index() != 0:
       return
     workdir = pathlib.Path(workdir)
@@ -83,7 +83,7 @@ class Tracker:
       self._file.close()
       self._file = None
 
-  def _start(self, workdir: pathlib.Path, mode: str, project: str, config: Mapping) -> None:
+  def _start(self, workdir: pathlib.Path, mode: Any, project: str, config: Mapping) -> None:
     import wandb  # 1.2 s, and only for those who ask for it
     if mode == 'online' and not _has_key():
       _log.warning('wandb has no API key; logging offline (`wandb login`, then `wandb sync %s`).',

@@ -1,10 +1,10 @@
 """Convolutional encoder and decoder of the VQGAN family.
 
-Esser et al. 2021, arXiv 2012.09841 (CompVis/taming-transformers, reproduced by LlamaGen with the same
-layers): a 3x3 stem, per level residual blocks and a stride-2 convolution, a middle, and the mirror
-image with nearest-neighbour upsampling. Only dense 2-D convolutions: native transposed, grouped and
-depthwise ones are 5-90 times slower on CPUs. GroupNorm statistics, attention weights and the
-decoder's last convolution are float32 whatever the compute dtype.
+Esser et al. 2021, arXiv 2012.09841 (CompVis/taming-transformers, reproduced by LlamaGen with the
+same layers): a 3x3 stem, per level residual blocks and a stride-2 convolution, a middle, and the
+mirror image with nearest-neighbour upsampling. Only dense 2-D convolutions: native transposed,
+grouped and depthwise ones are 5-90 times slower on CPUs. GroupNorm statistics, attention
+weights and the decoder's last convolution are float32 whatever the compute dtype.
 """
 
 import math
@@ -15,12 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from smalti.networks.layers import constrain
+
 
 def kernel_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, *_: Any) -> Array:
   """U(+-1 / sqrt(fan_in)), PyTorch's default, which the published runs started from.
 
-  Drawn flat: the numbers are the same, and a program of many four-dimensional draws takes minutes to
-  compile on a CPU (3 s each, 0.2 s flat). Biases start at zero.
+  Drawn flat: the numbers are the same, and a program of many four-dimensional draws takes minutes
+  to compile on a CPU (3 s each, 0.2 s flat). Biases start at zero.
   """
   bound = math.prod(shape[:-1]) ** -0.5
   return jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound).reshape(shape)
@@ -159,7 +161,7 @@ class Residual(nnx.Module):
         raise ValueError(f'dropout={self.dropout} draws a mask in training; pass key.')
       kept = jax.random.bernoulli(key, 1 - self.dropout, (y.size,)).reshape(y.shape)
       y = jnp.where(kept, y / (1 - self.dropout), 0)
-    return (x if self.skip is None else self.skip(x)) + self.conv2(y)
+    return constrain((x if self.skip is None else self.skip(x)) + self.conv2(y), 'b h w c')
 
 
 class Attention(nnx.Module):
@@ -179,7 +181,7 @@ class Attention(nnx.Module):
 
 
 class Norm(nnx.Module):
-  """GroupNorm with float32 statistics, then swish; groups of 32 at most, a divisor of `features`."""
+  """GroupNorm with float32 statistics, then swish; 32 groups at most, a divisor of `features`."""
 
   def __init__(self, features: int, *, swish: bool = True, rngs: nnx.Rngs):
     self.groups, self.swish = math.gcd(32, features), swish

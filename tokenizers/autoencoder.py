@@ -73,7 +73,7 @@ class Autoencoder(Tokenizer):
   """Encoder, quantizer and decoder; tokens are row-major over the grid."""
 
   def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
-    self.size = size = tuple(config.image_size)
+    self.size = tuple(config.image_size)
     self.channels, self.reconstruction = config.channels, config.reconstruction
     self.weights = tuple(sorted(dataclasses.asdict(config.weights).items()))
     sides = [config.patch * 2 ** i for i in range(len(config.multipliers))]  # pixels per feature

@@ -27,7 +27,7 @@ class ProjectedConfig(QuantizerConfig):
 
 
 class Projected(Quantizer):
-  """vectors = expand(q(reduce(z))); tokens, losses and metrics are those of the quantizer within."""
+  """vectors = expand(q(reduce(z))); tokens, losses, metrics are those of the quantizer within."""
 
   def __init__(self, config: ProjectedConfig, *, rngs: nnx.Rngs):
     if config.dim < 1:

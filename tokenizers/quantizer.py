@@ -109,7 +109,7 @@ def combine(first: Any, second: Any) -> Any:
   return {k: combine(first.get(k), second.get(k)) for k in {**first, **second}}
 
 
-def absorb(module: nnx.Module, statistics: Any) -> None:
+def absorb(module: Any, statistics: Any) -> None:
   """Walks `statistics` along attribute names and lets every codebook absorb its own."""
   if statistics is None:
     return

@@ -2,8 +2,8 @@
 
 Mentzer et al. 2023, arXiv 2309.15505, appendix A.1. The codebook is the grid of all level
 combinations, V = prod(levels): nothing to learn, nothing to collapse. The paper's listing shifts by
-tan(offset / half) with (1 - eps); we use arctanh and (1 + eps), as deployed libraries do: it is exact
-at zero and reaches every level.
+tan(offset / half) with (1 - eps); we use arctanh and (1 + eps), as deployed libraries do: it is
+exact at zero and reaches every level.
 """
 
 import dataclasses
@@ -85,7 +85,7 @@ class FSQ(Quantizer):
     return (digits - half).astype(jnp.float32) / half.astype(np.float32)
 
   def _half(self) -> np.ndarray:
-    return (np.array(self.factors, np.float32) - 1) * (1 + 1e-3) / 2  # tanh reaches the outer levels
+    return (np.array(self.factors, np.float32) - 1) * (1 + 1e-3) / 2  # tanh reaches the ends
 
   def _offset(self) -> np.ndarray:
     # an even count has no level at zero

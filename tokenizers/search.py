@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 HIGHEST = jax.lax.Precision.HIGHEST  # the default is bfloat16 on TPUs and TF32 on recent GPUs
-SCORES = {'cpu': 2**20}  # scores per chunk: about one cache's worth on a CPU, launch-bound elsewhere
-ACCELERATOR_SCORES = 2**26
-ROWS = {'cpu': (32, 1024)}
-ACCELERATOR_ROWS = (1024, 65536)
+# Scores per chunk and bounds of its rows: a cache's worth on a CPU (measured); on accelerators
+# 256 MiB of memory and few launches (not measured).
+SCORES, ROWS = 2**20, (32, 1024)
+ACCELERATOR_SCORES, ACCELERATOR_ROWS = 2**26, (1024, 65536)
 
 
 def chunk_rows(rows: int, codes: int) -> int:
@@ -22,9 +22,9 @@ def chunk_rows(rows: int, codes: int) -> int:
   A divisor of `rows` is preferred to the ideal count: padding a sharded axis would move examples
   between devices.
   """
-  backend = jax.default_backend()
-  low, high = ROWS.get(backend, ACCELERATOR_ROWS)
-  ideal = min(max(SCORES.get(backend, ACCELERATOR_SCORES) // codes, low), high)
+  cpu = jax.default_backend() == 'cpu'
+  low, high = ROWS if cpu else ACCELERATOR_ROWS
+  ideal = min(max((SCORES if cpu else ACCELERATOR_SCORES) // codes, low), high)
   if rows <= ideal:
     return rows
   divisors = [r for r in range(ideal, ideal // 4, -1) if rows % r == 0]

@@ -26,7 +26,7 @@ class TokenSpec:
   Args:
     grid: positions, row-major; `N = prod(grid)`.
     vocab: one alphabet size per code of a position, coarse first; `D = len(vocab)`.
-    factors: mixed radix of every code, little-endian, `prod(factors)` equal to each alphabet; or ().
+    factors: mixed radix of every code, little-endian, `prod(factors)` equal to its alphabet; or ().
     eos: the last id, where a string of tokens ends (D == 1 only); all that follows repeats it.
     order: the axis a prefix runs along: 'nested' positions, 'depth' codes, 'scale' whole scales.
     budgets: prefix lengths along `order` that the decoder was trained for; () is full length only.
@@ -193,8 +193,9 @@ class TokenSpec:
   @classmethod
   def from_json(cls, text: str | dict) -> 'TokenSpec':
     """Reads `to_json`. Raises ValueError for unknown fields or values of another type."""
-    fields = json.loads(text) if isinstance(text, str) else dict(text)
+    fields: dict[str, Any] = json.loads(text) if isinstance(text, str) else dict(text)
     known = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(fields) - known):
       raise ValueError(f'Unknown fields of a TokenSpec: {", ".join(unknown)}.')
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    lists = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+    return cls(**{**fields, **lists})

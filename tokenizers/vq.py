@@ -37,8 +37,8 @@ class VQConfig(QuantizerConfig):
     update: 'ema' moves rows to the mean of their vectors, 'gradient' leaves them to the optimizer.
     decay: of the moving averages n and m; for 'gradient', of the usage count.
     epsilon: Laplace smoothing of n (arXiv 1711.00937, appendix A.1).
-    init: 'data' takes rows of the first batch, 'kmeans' refines them by Lloyd's algorithm; 'uniform'
-      is U(-1/K, 1/K) (VQGAN), 'normal' N(0, 1).
+    init: 'data' takes rows of the first batch, 'kmeans' refines them by Lloyd's algorithm;
+      'uniform' is U(-1/K, 1/K) (VQGAN), 'normal' N(0, 1).
     iterations: of Lloyd's algorithm (Encodec: 10 to 50).
     cosine: compares directions; vectors and codes are l2-normalised (ViT-VQGAN, arXiv 2110.04627).
     revival: codes used less than this fraction of the average move to a vector of the batch; 0 is
@@ -61,7 +61,7 @@ class VQConfig(QuantizerConfig):
 class VQ(Quantizer):
   """k = argmin_j |z - e_j|^2, straight-through gradient.
 
-  Losses: `commitment` = mean |sg q - z|^2, and `codebook` = mean |q - sg z|^2 for update='gradient'.
+  Losses: `commitment` = mean |sg q - z|^2, and `codebook` = mean |q - sg z|^2 for 'gradient'.
   State: the rows e (`codebook`: a parameter for 'gradient', a buffer for 'ema'), the moving count n
   of their uses, and for 'ema' the moving sum m of their vectors.
 
@@ -133,8 +133,8 @@ class VQ(Quantizer):
 
     n <- g n + (1 - g) c and m <- g m + (1 - g) s, then e = m / n~ with the smoothed
     n~ = (n + eps) / (sum n + K eps) sum n. A dead code k, n_k < revival * mean(n), becomes
-    e_k = v_k, m_k = v_k n0, n_k = n0 with v_k the spare row and n0 = max(1, twice the threshold), so
-    that it outlives the next steps even unused.
+    e_k = v_k, m_k = v_k n0, n_k = n0 with v_k the spare row and n0 = max(1, twice the threshold),
+    so that it outlives the next steps even unused.
     """
     g, seen = self.decay, jnp.sum(statistics.count) > 0
     count = g * self.count[...] + (1 - g) * statistics.count
@@ -151,7 +151,7 @@ class VQ(Quantizer):
     self.count[...] = jnp.where(seen, jnp.where(dead, fresh, count), self.count[...])
 
   def prepare(self, z: Float[Array, 'b n c'], *, key: Array) -> None:
-    """Rows of the first batch, or their k-means centres, as the codebook (init='data', 'kmeans')."""
+    """Rows of the first batch, or their k-means centres, as the codebook ('data', 'kmeans')."""
     if self.init not in ('data', 'kmeans'):
       return
     rows = self._metric(z.astype(jnp.float32)).reshape(-1, self.dim)
@@ -177,7 +177,7 @@ class VQ(Quantizer):
     else:
       count, total = segment_count(tokens, codes), zero
     if self.revival and key is None:
-      raise ValueError('key=None: training with revival draws spare rows; pass a key, or revival=0.')
+      raise ValueError('key=None: revival draws spare rows in training; pass a key, or revival=0.')
     return Statistics(count, total, spare_rows(z, codes, key) if self.revival else zero)
 
 

@@ -1,4 +1,4 @@
-"""The notebook runs: at debug size here, in full by `make notebooks`; from any folder, and twice."""
+"""The notebook runs: at debug size here, in full by `make notebooks`; from any folder, twice."""
 
 import os
 import pathlib
