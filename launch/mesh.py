@@ -10,8 +10,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from smalti.launch import state as states
 
@@ -27,7 +26,6 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'attention/out/kernel', ('tensor', None, 'fsdp')),                    # [k, f, c]
     (r'gate_up/kernel', ('fsdp', None, 'tensor')),                          # [c, 2, hidden]
     (r'down/kernel', ('tensor', 'fsdp')),                                   # [hidden, c]
-    (r'modulation/kernel', ('fsdp', None)),
     (r'head/kernel', ('fsdp', 'tensor')),                                   # [c, v]
     (r'embedding', ('fsdp',)),                                              # [v, c]
     (r'(codebook|total|count)', ()),

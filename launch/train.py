@@ -13,15 +13,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import smalti
 
+import smalti
 from smalti.data import pipeline
 from smalti.generators.generator import GeneratorConfig
-from smalti.launch import cli, mesh as meshes, optimizer as optimizers, run as runs, state as states
-from smalti.launch import step as steps
+from smalti.launch import (
+  cli,
+  mesh as meshes,
+  optimizer as optimizers,
+  run as runs,
+  state as states,
+  step as steps,
+)
 from smalti.launch.checkpoint import Checkpoints
-from smalti.launch.experiment import Experiment
 from smalti.launch.exits import NonFinite, Preempted
+from smalti.launch.experiment import Experiment
 from smalti.launch.progress import Progress, say
 from smalti.launch.serialization import to_json
 from smalti.launch.signals import Preemption, agreed

@@ -94,8 +94,8 @@ def pictures(tmp_path_factory):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_debug_trains_two_steps(name, tokenizer_run, pictures, tmp_path):
-  from smalti.data.folder import FolderConfig
   from smalti.data.digits import DigitsConfig
+  from smalti.data.folder import FolderConfig
   experiment = on_one_device(config(name, 'debug'))
   if not isinstance(experiment.data, DigitsConfig):
     # the data sets of published configs are not here: the same shapes from a folder

@@ -1,4 +1,4 @@
-"""Sharding: the same numbers on any mesh, arrays born where they live, errors that name the leaf."""
+"""Sharding: the same numbers on any mesh, arrays born in place, errors that name the leaf."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Runs: a generator finds its tokenizer by name, and refuses another in one line; resume and init."""
+"""Runs: a generator finds its tokenizer by name and refuses another in one line; resume, init."""
 
 import dataclasses
 import json
@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from smalti.launch import cli, run as runs, state as states
-from smalti.launch import export, tokenize
+from smalti.launch import cli, export, run as runs, state as states, tokenize
 from smalti.launch.checkpoint import Checkpoints
 from smalti.launch.train import Job, train
 
