@@ -4,7 +4,7 @@
 #   test         lint, types and tests: what a change must pass
 #   test-oldest  the tests on Python 3.11, in .venv-3.11
 #   laws         the tests marked slow as well: heavier evidence for what the README promises
-#   survival     only those that kill runs, flip bits and resume
+#   survival     forty killed runs against undisturbed ones, flipped bits, full disks: half an hour
 #   bench        ratio tables into docs/results; PEER=/path/python adds the named peers beside ours
 #   notebooks    executes every notebook
 #   clean        removes caches and build products; .venv and runs stay
@@ -64,13 +64,13 @@ laws: .venv/installed-test
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
 survival: .venv/installed-test
-	$(BIN)/python -m pytest -m 'slow or not slow' -k 'survival or checkpoint or resume or guard'
+	$(BIN)/python tests/survival.py
 
 bench: .venv/installed
 	$(BIN)/smalti bench --out=docs/results $(if $(PEER),--peer_python=$(PEER))
 
 notebooks: .venv/installed-test
-	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_notebooks.py
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/notebooks
 
 clean:
 	rm -rf build dist smalti.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
