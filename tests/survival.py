@@ -226,7 +226,8 @@ def kill_run(name: str, arguments: list[str], scratch: pathlib.Path, *,
   met = collections.Counter(event['moment'] for event in events if event['met'])
   terms = [event['seconds'] for event in events if event['signal'] == 'SIGTERM']
   return {
-      'arguments': arguments, 'kills': len(events), 'met': dict(met),
+      'arguments': [a.replace(f'{scratch}/', '') for a in arguments],
+      'kills': len(events), 'met': dict(met),
       'inside_a_write': sum(event['write'] for event in events),
       'unreadable': 0, 'leaves': len(want), 'leaves_different': 0,
       'steps_lost_by_sigterm': 0, 'slowest_sigterm_seconds': max(terms),
@@ -320,6 +321,9 @@ def main() -> None:
       scratch / 'digits_vq-straight', scratch, count=options.flips, seed=options.seed)
   results['full_disk'] = fill_disk(
       scratch / 'digits_vq-straight', vq, scratch, writes=options.writes, **size)
+  for name in ('digits_vq', 'digits_masked'):  # a line each
+    results[name]['events'] = [', '.join(f'{k} {v}' for k, v in event.items())
+                               for event in results[name]['events']]
   writes = sum(results[name]['inside_a_write'] for name in ('digits_vq', 'digits_masked'))
   assert writes >= 5, f'only {writes} signals met a checkpoint write'
   for moment in ('compile', 'restore'):
