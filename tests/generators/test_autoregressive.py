@@ -125,6 +125,15 @@ def test_guided_decoding_equals_the_full_pass():
   np.testing.assert_array_equal(zero.tokens, sample(model, 4).tokens)  # no label is the null label
 
 
+def test_slots_have_the_coordinates_of_the_code_they_hold():
+  """The prefix is at the origin; then code i - 1, on the grid, by its index, or with its depth."""
+  expected = [[0, 0], [0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1]]
+  np.testing.assert_array_equal(build()._positions(), expected)
+  np.testing.assert_array_equal(build(axes=1)._positions()[:, 0], [0, *range(8)])
+  np.testing.assert_array_equal(
+      build(DEEP)._positions(), [[0, 0], [0, 0], [0, 1], [1, 0], [1, 1], [2, 0]])
+
+
 def test_labels_matter():
   model = build(classes=3)
   tokens = sample(model, 4).tokens

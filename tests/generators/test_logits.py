@@ -149,6 +149,17 @@ def test_forbidden_ids_are_never_drawn(key):
     assert not np.any(np.asarray(draw(logits, keys(16, seed))) % 2), seed
 
 
+def test_the_largest_uniform_draws_an_allowed_id(key, monkeypatch):
+  """At u = 1 a cumulative sum that is not monotone would give ids of probability zero."""
+  size = 4096
+  support = jnp.arange(size) % 64 < 20  # runs of forbidden ids, over which the sum still wavers
+  logits = ids.restrict(jax.random.normal(key, (64, size)), support)
+  monkeypatch.setattr(jax.random, 'uniform', lambda key, shape: jnp.zeros(shape))
+  assert support[ids.draw(logits, keys(64))].all()
+  naive = jnp.cumsum(jax.nn.softmax(logits, -1), -1)  # the control: without the support
+  assert not support[jnp.argmax(naive >= jnp.max(naive, -1, keepdims=True), -1)].all()
+
+
 @pytest.mark.slow
 def test_forbidden_ids_are_never_drawn_in_four_million_draws(key):
   size = 1024
