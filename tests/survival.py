@@ -272,7 +272,7 @@ def fill_disk(workdir: pathlib.Path, arguments: list[str], scratch: pathlib.Path
                   HERE / 'launch' / 'full_disk.c', '-ldl'], check=True)
   full = scratch / 'full-disk'
   shutil.copytree(workdir, full)
-  before, lines = whole(full), []
+  before = whole(full)
   arguments = [*arguments, *SMALL, f'--config.steps={steps + every}',
                f'--config.checkpoint.every={every}']
   for k in range(1, writes + 1):
@@ -284,13 +284,10 @@ def fill_disk(workdir: pathlib.Path, arguments: list[str], scratch: pathlib.Path
     assert code == 2 and len(said) == 1, f'{log}: ended with {code}, said {said}'
     assert str(full) in said[0] and 'No space left' in said[0] and 'free space' in said[0], said
     assert whole(full) == before, f'{log}: {before} became {whole(full)}'
-    lines.append(said[0])
     print('full disk', k, code, flush=True)
   finish(arguments, full, scratch / 'full-disk-last.log', environment)
   assert whole(full)[-1] == steps + every
   return {'writes': writes, 'earlier_checkpoints_lost': 0, 'exit_code': 2}
-
-
 
 
 def main() -> None:
