@@ -19,7 +19,7 @@ from smalti.tokenizers.spec import TokenSpec
 
 SIZES = {
     'debug': dict(layers=2, width=32, heads=2, steps=2, batch_size=16),
-    'base': dict(layers=3, width=64, heads=4, steps=1500, batch_size=64),
+    'base': dict(layers=3, width=64, heads=4, steps=1000, batch_size=64),
 }
 
 

@@ -14,7 +14,7 @@ from smalti.tokenizers.scalar import FSQConfig
 
 SIZES = {
     'debug': dict(width=8, multipliers=(1, 1), blocks=1, steps=2, batch_size=16),
-    'base': dict(width=32, multipliers=(1, 2), blocks=1, steps=1500, batch_size=64),
+    'base': dict(width=32, multipliers=(1, 2), blocks=1, steps=800, batch_size=64),
 }
 
 
@@ -30,7 +30,7 @@ def get_config(size: str = 'base') -> Experiment:
       batch_size=options['batch_size'],
       optimizer=OptimizerConfig(rate=2e-3, warmup=50),
       ema=0.99,
-      checkpoint=CheckpointConfig(every=500, best='eval/mse'),
+      checkpoint=CheckpointConfig(every=400, best='eval/mse'),
       log=LogConfig(every=50),
-      eval=EvalConfig(every=250),
+      eval=EvalConfig(every=200),
       published=Published(source='our own size for 8 x 8 digits'))
