@@ -6,9 +6,9 @@
     <!-- end -->
 
 A row per entry of the file's results; a column per `Heading = template`, whose fields are dotted
-paths (`{key}` is the name of an entry, a path that leads nowhere is an empty cell). Without columns
-there is one for every number. Below the table stands what repeats it. A single number in a sentence
-is `<!-- result: demo.json {digits_ar.psnr.value:.1f} -->17.2<!-- end -->`.
+paths (`{key}` is the name of an entry; a cell whose fields are all missing is empty). Without
+columns there is one for every number. Below the table stands what repeats it. A single number in
+a sentence is `<!-- result: demo.json {digits_ar.psnr.value:.1f} -->17.2<!-- end -->`.
 """
 
 import pathlib
@@ -59,7 +59,7 @@ def _table(document: Mapping[str, Any], columns: str) -> str:
   headings = [(name.strip(), template.strip()) for name, _, template in named] or _numbers(rows)
   lines = ['| ' + ' | '.join(name for name, _ in headings) + ' |', '|---' * len(headings) + '|']
   for row in rows:
-    cells = (_Template().format(template, **row) for _, template in headings)
+    cells = (_Template().cell(template, row) for _, template in headings)
     lines.append('| ' + ' | '.join(cells) + ' |')
   return '\n'.join([*lines, '', _source(document), ''])
 
@@ -84,6 +84,13 @@ def _source(document: Mapping[str, Any]) -> str:
 
 class _Template(string.Formatter):
   """`{a.b:.2f}` reads entries of dicts and lists; what is missing is empty."""
+
+  def cell(self, template: str, row: Mapping[str, Any]) -> str:
+    """The template filled in, or nothing where the row has none of its fields."""
+    names = [name for _, name, _, _ in self.parse(template) if name]
+    if names and all(self.get_field(name, (), row)[0] is None for name in names):
+      return ''
+    return self.format(template, **row)
 
   def get_field(self, name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
     value: Any = kwargs

@@ -119,7 +119,7 @@ SOURCE = ('<sub>`smalti bench train`, commit cccccccccc, 2026-01-02, 2 cores, ja
 
 def test_columns_are_templates(results):
   open_ = '<!-- results: rows.json | Case = {case} | R = {ratio.median:.2f}x | Met = {met} -->\n'
-  table = '| Case | R | Met |\n|---|---|---|\n| a | 0.50x | yes |\n| b | x |  |\n\n'
+  table = '| Case | R | Met |\n|---|---|---|\n| a | 0.50x | yes |\n| b |  |  |\n\n'
   text = f'before\n{open_}old\n<!-- end -->\nafter\n'
   once = documents.render(text, results)
   assert once == f'before\n{open_}{table}{SOURCE}\n<!-- end -->\nafter\n'

@@ -1,0 +1,24 @@
+"""The bench measures what it says: rows with goals, judged by the upper quartile; a smoke test."""
+
+import pytest
+
+from smalti.launch import bench
+
+
+@pytest.mark.parametrize(('quartile', 'goal', 'met'), [
+    (0.69, 0.7, True), (0.71, 0.7, False), (0.71, None, None)])
+def test_a_goal_is_met_by_the_upper_quartile(quartile, goal, met):
+  row = bench.Row('case', 'peer', {'cpu_ratio': {'median': 0.5, 'q1': 0.4, 'q3': quartile}}, goal)
+  assert row.to_json()['met'] is met
+
+
+def test_without_a_peer_nothing_is_met_or_missed():
+  row = bench.Row('case', 'peer', {'our_time': {'cpu_seconds': {'median': 1.0}}}, 0.7).to_json()
+  assert row['met'] is None and '1.0000 s' in bench._line(row)
+
+
+def test_the_pipeline_is_timed_against_numpy(tmp_path):
+  [row] = bench.data(bench.Bench(rounds=2, seconds=0.02, peer=None, folder=tmp_path))
+  found = row.to_json()
+  assert 0.1 < found['cpu_ratio']['median'] < 100 and found['goal'] == 2.0
+  assert found['our_time']['cpu_seconds']['median'] > 0
