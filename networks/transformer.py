@@ -164,9 +164,10 @@ class Transformer(nnx.Module):
 
   def cache(self, batch: int, length: int) -> Cache:
     """Empty keys and values of every layer, for `length` positions."""
-    shape = (batch, self.kv_heads, length, self.features)
-    return [(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
-            for _ in range(self.layers)]
+    # XLA on CPU would convert a bfloat16 cache to float32, as a whole, for every token
+    dtype = 'float32' if jax.default_backend() == 'cpu' else self.dtype
+    empty = constrain(jnp.zeros((batch, self.kv_heads, length, self.features), dtype), 'b k n f')
+    return [(empty, empty) for _ in range(self.layers)]
 
   def grow(self, cache: list, length: int) -> list:
     """The cache with room for `length` positions: a loop over short caches reads less."""
