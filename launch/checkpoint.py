@@ -18,7 +18,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jax
 import numpy as np
@@ -103,17 +103,17 @@ class Checkpoints:
                'item': item}
     content = json.loads(json.dumps(content))  # refuses what JSON cannot hold before writing
     self.wait()
+    self._writing = step
     try:
       manager = self._manager or self._open()
       if step in manager.all_steps():
         return
-      self._writing = step
       value = metrics.get(self._best, math.nan)
       self._scores[step] = self._sign * value if math.isfinite(value) else math.nan
       saved = manager.save(step, args=ocp.args.Composite(
           state=ocp.args.StandardSave(state), item=ocp.args.JsonSave(content)))
     except Exception as error:
-      raise self._failed(error) from error
+      self._fail(error)
     if not saved:
       raise ValueError(f'{step=} is not newer than step {manager.latest_step()} of {self.folder}; '
                        'take another --workdir.')
@@ -129,7 +129,7 @@ class Checkpoints:
       try:
         self._manager.wait_until_finished()
       except Exception as error:
-        raise self._failed(error) from error
+        self._fail(error)
       if jax.process_index() == 0:
         shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
 
@@ -169,19 +169,20 @@ class Checkpoints:
       CheckpointError: the checkpoint is missing or damaged.
       ValueError: `abstract` does not fit, or the format is unknown.
     """
-    item = self.read_item(step)  # first: an unknown format is the better reason to name
     self._verify(step)
+    item = self.read_item(step)
     return self._read(step, abstract, whole=True), item
 
   def restore_part(self, step: int, abstract: Mapping[str, Any]) -> dict:
     """Like `restore`, for a part of the state: nothing else is read from disk."""
-    self.read_item(step)
     self._verify(step)
+    self.read_item(step)
     return self._read(step, abstract, whole=False)
 
   def read_item(self, step: int) -> dict:
-    """The item given to `save`, without arrays."""
+    """The item given to `save`; the arrays are neither read nor verified."""
     self.wait()
+    self._verify(step, 'item/')
     return self._content(step)['item']
 
   def restore_newest(self, abstract: Mapping[str, Any] | None) -> tuple[int, dict, dict] | None:
@@ -202,6 +203,8 @@ class Checkpoints:
           f'no checkpoint under {self.folder} is whole (step {steps[-1]}: {reason}); restore the '
           'folder from a backup, or delete it to start from step 0.')
     self._together(lambda: self._clean(-1 if step is None else step))
+    if self._manager is not None:
+      self._manager.reload()
     if step is None:
       return None
     item = self.read_item(step)
@@ -228,16 +231,16 @@ class Checkpoints:
     """Writes the manifest; Orbax calls this on process 0 after all writes, before the rename."""
     manifest.write(self.folder / f'{self._writing}{_TEMPORARY}')
 
-  def _failed(self, error: Exception) -> CheckpointError:
+  def _fail(self, error: Exception) -> NoReturn:
     # What the manager believes no longer holds; the next save starts with a fresh one.
     self._manager = None
-    reason = next(iter(str(error).splitlines()), '') or type(error).__name__
-    if code := re.search(r"os_error_code='(\d+)'", reason):  # the rest is Tensorstore's call chain
-      reason = os.strerror(int(code[1]))
-    return CheckpointError(
-        f'step {self._writing} could not be written to {self.folder} ({reason}); earlier '
-        'checkpoints are intact: free space or make the folder writable, then run the same '
-        'command again.')
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # of Tensorstore, after its call chain
+    if code is None and not isinstance(error, OSError):
+      raise error
+    raise CheckpointError(
+        f'step {self._writing} could not be written to {self.folder} '
+        f'({os.strerror(int(code[1])) if code else error}); earlier checkpoints are intact: free '
+        'space or make the folder writable, then run the same command again.') from error
 
   def _folders(self) -> list[int]:
     if not self.folder.is_dir():
@@ -268,9 +271,6 @@ class Checkpoints:
         logging.warning('checkpoint %s is damaged: %s; set aside as %s.', path,
                         manifest.damage(path), aside.name)
         path.rename(aside)
-    if self._manager is not None:
-      self._manager.reload()
-
   def _first_whole(self, steps: list[int], say: bool = True) -> int | None:
     def find():
       for step in steps:
@@ -282,11 +282,14 @@ class Checkpoints:
       return None
     return self._together(find)
 
-  def _verify(self, step: int) -> None:
-    reason = self._together(lambda: manifest.damage(self.folder / str(step)))
+  def _verify(self, step: int, under: str = '') -> None:
+    path = self.folder / str(step)
+    if step not in self.steps():
+      raise CheckpointError(f'{path} is not a committed checkpoint; take a step of {self.steps()}.')
+    reason = self._together(lambda: manifest.damage(path, under))
     if reason is not None:
-      raise CheckpointError(f'checkpoint {self.folder / str(step)} is damaged: {reason}; take '
-                            f'another step of {self.steps()}.')
+      raise CheckpointError(
+          f'checkpoint {path} is damaged: {reason}; take another step of {self.steps()}.')
 
   def _together(self, function: Callable[[], Any]) -> Any:
     """What `function` returns on process 0, JSON-able, on all processes."""
@@ -303,20 +306,14 @@ class Checkpoints:
     if step not in self._scores:
       try:
         value = self._content(step)['metrics'].get(self._best)
-      except (CheckpointError, ValueError):
-        value = None  # damaged, or written by a later version: not the best of ours
+      except (OSError, ValueError, LookupError, TypeError):
+        value = None  # damaged, or written by another version: not the best of ours
       self._scores[step] = math.nan if value is None else self._sign * value
     return self._scores[step]
 
   def _content(self, step: int) -> dict:
     path = self.folder / str(step)
-    if not (path / manifest.NAME).exists():
-      raise CheckpointError(f'{path} is not a committed checkpoint; take a step of {self.steps()}.')
-    try:
-      content = json.loads((path / 'item' / 'metadata').read_text())
-    except (OSError, ValueError) as error:
-      raise CheckpointError(f'checkpoint {path} is damaged: its item cannot be read ({error}); '
-                            f'take another step of {self.steps()}.') from error
+    content = json.loads((path / 'item' / 'metadata').read_text())
     if content['format'] != FORMAT:
       raise ValueError(
           f'{path} has format {content["format"]}, written by smalti {content["smalti"]}; smalti '

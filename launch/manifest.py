@@ -33,8 +33,12 @@ def write(folder: str | os.PathLike) -> None:
   os.replace(temporary, folder / NAME)
 
 
-def damage(folder: str | os.PathLike) -> str | None:
-  """What differs from the manifest of `folder`, in a few words; None if nothing does."""
+def damage(folder: str | os.PathLike, under: str = '') -> str | None:
+  """What differs from the manifest of `folder`, in a few words; None if nothing does.
+
+  Args:
+    under: looks only at files whose path in the folder begins so.
+  """
   folder = pathlib.Path(folder)
   try:
     data = (folder / NAME).read_bytes()
@@ -43,15 +47,21 @@ def damage(folder: str | os.PathLike) -> str | None:
   body, last = data[:-65], data[-65:]
   if not body.startswith(_HEADER) or last != hashlib.sha256(body).hexdigest().encode() + b'\n':
     return f'its {NAME} is damaged'
-  for line in body[len(_HEADER):].decode().splitlines():
-    digest, size, name = line.split(' ', 2)
+  try:
+    lines = [line.split(' ', 2) for line in body[len(_HEADER):].decode().splitlines()]
+    entries = [(digest, int(size), name) for digest, size, name in lines]
+  except ValueError:
+    return f'its {NAME} is not a manifest'
+  for digest, size, name in entries:
+    if not name.startswith(under):
+      continue
     relative = pathlib.PurePosixPath(name)
     if relative.is_absolute() or '..' in relative.parts:
       return f'its {NAME} names {name}, outside the folder'
     path = folder / relative
     try:
       # The size first: a truncated file need not be read.
-      if path.stat().st_size != int(size):
+      if path.stat().st_size != size:
         return f'{name} has {path.stat().st_size} bytes instead of {size}'
       if _digest(path)[0] != digest:
         return f'the content of {name} changed'

@@ -275,6 +275,18 @@ def test_async_error_is_raised_by_the_next_call(folder, monkeypatch):
   assert not list(folder.glob('*tmp*'))
 
 
+def test_error_that_is_no_full_disk_is_not_called_one(folder, monkeypatch):
+  def fail(path):
+    raise ZeroDivisionError('a mistake of ours')
+
+  checkpoints = Checkpoints(folder)
+  monkeypatch.setattr(manifest, 'write', fail)
+  checkpoints.save(3, state(3), {})
+  with pytest.raises(ZeroDivisionError):
+    checkpoints.wait()
+  assert checkpoints.steps() == [1, 2]
+
+
 # Damage
 
 
@@ -368,6 +380,10 @@ def test_damage_is_reported_where_it_is_asked_for(folder, caplog):
   with pytest.raises(CheckpointError, match=r'is damaged: the content of state/d/.* changed'):
     checkpoints.restore(2, None)
   assert checkpoints.latest() == 1 and (folder / '2').is_dir()  # reading moves nothing
+  assert checkpoints.read_item(2) == {'step': 2}  # the item is whole
+  flip(folder / '2' / 'item' / 'metadata', random.Random(SEED))
+  with pytest.raises(CheckpointError, match='is damaged: the content of item/metadata changed'):
+    checkpoints.read_item(2)
   caplog.clear()
   checkpoints.restore_newest(None)
   assert 'set aside as damaged-2' in caplog.text
@@ -397,8 +413,13 @@ def test_manifest_names_nothing_outside(tmp_path):
   body = path.read_bytes()[:-65].replace(b' file', b' ../secret')
   path.write_bytes(body + manifest.hashlib.sha256(body).hexdigest().encode() + b'\n')
   assert 'outside' in manifest.damage(tmp_path / 'step')
+  for line in (b'x\n', b'0 1\n', b'0 -x file\n', b'\xff 1 file\n'):
+    body = b'smalti manifest 1\n' + line
+    path.write_bytes(body + manifest.hashlib.sha256(body).hexdigest().encode() + b'\n')
+    assert 'is not a manifest' in manifest.damage(tmp_path / 'step')
 
 
+@pytest.mark.filterwarnings('ignore:Sharding info not provided')
 def test_orbax_alone_does_not_notice(folder):
   """Why there is a manifest; when this fails Orbax has learned to check."""
   rng, wrong = random.Random(SEED), 0
