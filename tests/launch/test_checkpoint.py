@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -216,21 +217,21 @@ def test_older_step_is_refused_and_same_step_left_alone(folder):
 
 def test_manifest_is_written_before_the_rename(tmp_path, monkeypatch):
   """The hook is Orbax's: pinned here, since a manifest after the rename could be lost by a kill."""
-  seen = []
+  seen, returned = [], threading.Event()
   write = manifest.write
 
-  def slow(path):
+  def held(path):
     seen.append(path)
-    time.sleep(0.3)
+    assert returned.wait(60), 'the save waited for the manifest: it is not asynchronous'
+    time.sleep(0.3)  # long enough for a rename that does not wait for us
     assert path.exists() and not (tmp_path / '1').exists()
     write(path)
     assert not (tmp_path / '1').exists()
 
-  monkeypatch.setattr(manifest, 'write', slow)
+  monkeypatch.setattr(manifest, 'write', held)
   checkpoints = Checkpoints(tmp_path)
-  start = time.perf_counter()
   checkpoints.save(1, state(), {})
-  assert time.perf_counter() - start < 0.3  # the save is asynchronous
+  returned.set()
   checkpoints.close()
   assert seen == [tmp_path / '1.orbax-checkpoint-tmp'] and not seen[0].exists()
   # Nothing that matters came after the manifest.
