@@ -149,6 +149,7 @@ def _parse(verb: str, values: flags.FlagValues, arguments: list[str]) -> None:
                      'options are written --name=value.')
   for plugin in values.plugin:
     _import_plugin(plugin)
+  serialization.named_plugins = tuple(values.plugin)
   if 'settings' in values:
     if values.settings is not None:
       raise ValueError('--settings stands for no value; name one, as in --settings.steps=12.')

@@ -29,7 +29,7 @@ def save(loaded: runs.Loaded, path: pathlib.Path) -> None:
       {'params': params, 'buffers': buffers}).items()}
   metadata = {
       'format': str(runs.FORMAT), 'version': smalti.__version__,
-      'config': json.dumps(serialization.to_json(loaded.config)), 'spec': loaded.spec.to_json(),
+      'config': json.dumps(loaded.stored), 'spec': loaded.spec.to_json(),
       'fingerprint': loaded.fingerprint, 'step': str(loaded.step), 'weights': loaded.weights}
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_suffix('.tmp')
@@ -37,7 +37,7 @@ def save(loaded: runs.Loaded, path: pathlib.Path) -> None:
   temporary.replace(path)
 
 
-def load(path: pathlib.Path, plugins: tuple[str, ...] = ()) -> runs.Loaded:
+def load(path: pathlib.Path) -> runs.Loaded:
   """Reads what `save` wrote and checks every leaf against the config, and the fingerprint.
 
   Raises:
@@ -53,7 +53,8 @@ def load(path: pathlib.Path, plugins: tuple[str, ...] = ()) -> runs.Loaded:
     raise ValueError(f'{path} is not a file of smalti: it holds no config; export one with '
                      'smalti export.')
   runs.check_format({**metadata, 'format': int(metadata['format'])}, path)
-  config = serialization.from_json(json.loads(metadata['config']), ModelConfig, plugins)
+  stored = json.loads(metadata['config'])
+  config = serialization.from_json(stored, ModelConfig)
   spec = TokenSpec.from_json(metadata['spec'])
   shape = nnx.eval_shape(lambda: runs.build(config, spec, nnx.Rngs(0)))
   structure = states.Structure.of(shape)
@@ -69,11 +70,11 @@ def load(path: pathlib.Path, plugins: tuple[str, ...] = ()) -> runs.Loaded:
   model = structure.merge(tree['params'], tree['buffers'])
   mark = metadata['fingerprint']
   if hasattr(model, 'encode'):
-    mark = runs.fingerprint(config, model.spec, tree['params'], tree['buffers'])
+    mark = runs.fingerprint(stored, model.spec, tree['params'], tree['buffers'])
     if mark != metadata['fingerprint']:
       raise ValueError(f'{path} is damaged: its leaves have fingerprint {mark}, and it was written '
                        f'with {metadata["fingerprint"]}; export it again.')
-  return runs.Loaded(model, config, spec, mark, None, int(metadata['step']), path,
+  return runs.Loaded(model, config, stored, spec, mark, None, int(metadata['step']), path,
                      metadata['weights'])
 
 

@@ -37,6 +37,8 @@ class Loaded:
   Attributes:
     model: the module, with averaged weights where the run keeps them.
     config: its component config.
+    stored: the JSON of `config` as the version that trained it wrote it, which is what fingerprints
+      are over: a field that a later version adds changes none.
     spec: its tokens.
     fingerprint: for tokenizers, 16 hex digits over config, leaves and spec; for generators, that
       of the tokenizer they were trained on.
@@ -47,6 +49,7 @@ class Loaded:
   """
   model: Any
   config: ModelConfig
+  stored: dict
   spec: TokenSpec
   fingerprint: str
   experiment: Experiment | None
@@ -84,8 +87,8 @@ def read_config(workdir: pathlib.Path) -> dict:
   return item
 
 
-def read_experiment(workdir: pathlib.Path, plugins: tuple[str, ...] = ()) -> Experiment:
-  return serialization.from_json(read_config(workdir)['experiment'], Experiment, plugins)
+def read_experiment(workdir: pathlib.Path) -> Experiment:
+  return serialization.from_json(read_config(workdir)['experiment'], Experiment)
 
 
 def open_workdir(workdir: pathlib.Path, experiment: Experiment, *, started: bool) -> list[str]:
@@ -106,7 +109,10 @@ def open_workdir(workdir: pathlib.Path, experiment: Experiment, *, started: bool
     if jax.process_index() == 0:
       write_json(workdir / 'config.json', item)
     return []
-  changes = serialization.differences(read_config(workdir)['experiment'], new)
+  old = read_config(workdir)['experiment']
+  # through the reader, so that fields which the writer did not know have their defaults
+  changes = serialization.differences(
+      serialization.to_json(serialization.from_json(old, Experiment)), new)
   refused = [c for c in changes if c.split(':')[0].split('.')[0] not in FREE]
   if refused:
     raise ValueError(
@@ -115,7 +121,7 @@ def open_workdir(workdir: pathlib.Path, experiment: Experiment, *, started: bool
   if changes and jax.process_index() == 0:
     with open(workdir / 'config_history.jsonl', 'a') as file:
       file.write(json.dumps({'version': smalti.__version__, 'changes': changes}) + '\n')
-    write_json(workdir / 'config.json', item)
+    write_json(workdir / 'config.json', {**item, 'experiment': {**new, 'model': old['model']}})
   return changes
 
 
@@ -130,10 +136,9 @@ def build(config: Any, spec: TokenSpec | None, rngs: nnx.Rngs) -> Any:
   return config.build(spec, rngs=rngs)
 
 
-def fingerprint(config: ModelConfig, spec: TokenSpec, *leaves: dict) -> str:
+def fingerprint(stored: dict, spec: TokenSpec, *leaves: dict) -> str:
   """16 hex digits of SHA-256 over config JSON, leaves in path order (little-endian), and spec."""
-  digest = hashlib.sha256()
-  digest.update(json.dumps(serialization.to_json(config), sort_keys=True).encode())
+  digest = hashlib.sha256(json.dumps(stored, sort_keys=True).encode())
   for tree in leaves:
     for path, leaf in sorted(states.paths(tree).items()):
       array = np.asarray(leaf)
@@ -144,8 +149,7 @@ def fingerprint(config: ModelConfig, spec: TokenSpec, *leaves: dict) -> str:
   return digest.hexdigest()[:16]
 
 
-def load(reference: str | os.PathLike, *, weights: str = 'ema',
-         plugins: tuple[str, ...] = ()) -> Loaded:
+def load(reference: str | os.PathLike, *, weights: str = 'ema') -> Loaded:
   """Opens a run folder (`RUN`, `RUN@STEP`), an exported file, or a token folder's tokenizer.
 
   `RUN` is its best checkpoint if it tracks a metric, else its newest.
@@ -158,14 +162,14 @@ def load(reference: str | os.PathLike, *, weights: str = 'ema',
   folder, at = split_reference(text)
   if folder.suffix == '.safetensors' and folder.is_file():
     from smalti.launch import export
-    return export.load(folder, plugins)
+    return export.load(folder)
   if (folder / 'index.json').exists() or (folder / 'train' / 'index.json').exists():
-    return _load_token_folder(folder, weights, plugins)
+    return _load_token_folder(folder, weights)
   if not folder.exists():
     raise FileNotFoundError(
         f'No tokenizer or run at {text}; name a run folder, RUN@STEP, an exported .safetensors '
         'file or a token folder.')
-  experiment = read_experiment(folder, plugins)
+  experiment = read_experiment(folder)
   checkpoints = Checkpoints(folder / 'checkpoints', best=experiment.checkpoint.best,
                             mode=experiment.checkpoint.mode)
   try:
@@ -202,22 +206,23 @@ def _load_checkpoint(folder: pathlib.Path, experiment: Experiment, checkpoints: 
                         {group: params, 'buffers': buffers})
   tree = checkpoints.restore_part(step, target)
   model = shape.merge(tree[group], tree['buffers'])
+  stored = read_config(folder)['experiment']['model']
   if isinstance(model, Tokenizer):
-    spec, mark = model.spec, fingerprint(experiment.model, model.spec, tree[group], tree['buffers'])
+    spec, mark = model.spec, fingerprint(stored, model.spec, tree[group], tree['buffers'])
   else:
     mark = item.get('fingerprint') or ''
-  return Loaded(model, experiment.model, spec, mark, experiment, step, folder,
+  return Loaded(model, experiment.model, stored, spec, mark, experiment, step, folder,
                 'ema' if group == 'ema' else 'raw')
 
 
-def _load_token_folder(folder: pathlib.Path, weights: str, plugins: tuple[str, ...]) -> Loaded:
+def _load_token_folder(folder: pathlib.Path, weights: str) -> Loaded:
   index = folder if (folder / 'index.json').exists() else folder / 'train'
   item = json.loads((index / 'index.json').read_text())
   check_format(item, index / 'index.json')
   source = item.get('tokenizer')
   if not source:
     raise ValueError(f'{index} does not name its tokenizer; name one with --tokenizer=RUN.')
-  loaded = load(source, weights=weights, plugins=plugins)
+  loaded = load(source, weights=weights)
   if loaded.fingerprint != item['fingerprint']:
     raise ValueError(
         f'{folder} was tokenized with {item["fingerprint"]}, and {source} is now '
@@ -225,8 +230,7 @@ def _load_token_folder(folder: pathlib.Path, weights: str, plugins: tuple[str, .
   return loaded
 
 
-def load_tokenizer(loaded: Loaded, override: str | None = None,
-                   plugins: tuple[str, ...] = ()) -> Loaded:
+def load_tokenizer(loaded: Loaded, override: str | None = None) -> Loaded:
   """The tokenizer of a generator's run, or the one at `override` (a moved folder).
 
   Raises:
@@ -236,7 +240,7 @@ def load_tokenizer(loaded: Loaded, override: str | None = None,
   if reference is None:
     raise ValueError(f'{loaded.path} names no tokenizer; name one with --tokenizer=RUN.')
   try:
-    tokenizer = load(reference, plugins=plugins)
+    tokenizer = load(reference)
   except FileNotFoundError as error:
     raise FileNotFoundError(
         f'The tokenizer of {loaded.path} is not at {reference}; '

@@ -22,6 +22,10 @@ from typing import Any, Literal, NamedTuple
 _FOLDERS = ('data', 'evaluation', 'generators', 'launch', 'networks', 'tokenizers')
 
 
+# The modules of --plugin in this command: whatever it opens may name their classes.
+named_plugins: tuple[str, ...] = ()
+
+
 def to_json(config: Any) -> dict[str, Any]:
   """The config as dicts, lists and scalars; whole numbers in float fields become floats.
 
@@ -206,7 +210,7 @@ def _resolve(name: Any, annotation: Any, path: str, plugins: Sequence[str]) -> t
     raise ValueError(f"{_at(path)} must name its class as type 'module:Class', got {name!r}.")
   module, _, attribute = name.partition(':')
   ours = module.split('.')[0] == 'smalti' and module.split('.')[1:2] in ([f] for f in _FOLDERS)
-  if not ours and module not in plugins:
+  if not ours and module not in (*plugins, *named_plugins):
     raise ValueError(
         f'{_at(path)} names {name!r}, outside smalti; to trust that module add --plugin={module}.')
   try:
