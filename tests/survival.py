@@ -325,7 +325,8 @@ def main() -> None:
   assert writes >= 5, f'only {writes} signals met a checkpoint write'
   for moment in ('compile', 'restore'):
     assert any(results[name]['met'].get(moment) for name in ('digits_vq', 'digits_masked')), moment
-  provenance.record(options.out, None, results, seed=options.seed,
+  provenance.record(options.out, ['python', 'tests/survival.py', *sys.argv[1:]], results,
+                    seed=options.seed,
                     libraries=('orbax-checkpoint', 'tensorstore', 'grain'),
                     seconds=time.monotonic() - start)
   shutil.rmtree(scratch)
