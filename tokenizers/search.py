@@ -7,7 +7,7 @@ and peak memory does not grow with N x K. Ties go to the lowest index, as `jnp.a
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 HIGHEST = jax.lax.Precision.HIGHEST  # the default is bfloat16 on TPUs and TF32 on recent GPUs
 # Scores per chunk and bounds of its rows: a cache's worth on a CPU (measured); on accelerators
@@ -31,7 +31,7 @@ def chunk_rows(rows: int, codes: int) -> int:
   return divisors[0] if divisors else ideal
 
 
-def chunked(x: Float[Array, 'n *c'], rows: int) -> Float[Array, 'k r *c']:
+def chunked(x: Shaped[Array, 'n *c'], rows: int) -> Shaped[Array, 'k r *c']:
   """Splits the leading axis into chunks of `rows`: chunk i holds rows i::k, zero-padded.
 
   Strided, so that with a batch-sharded array every device has its share of every chunk and no row
