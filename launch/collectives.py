@@ -1,7 +1,7 @@
-"""What a compiled step moves between devices, beside the ideal: `python -m smalti.launch.collectives`.
+"""What a step moves between devices, beside the ideal: `python -m smalti.launch.collectives`.
 
-FLOPs split evenly over devices in a bad layout too; the waste shows only in the collectives. Counts
-are read from the compiled program's text, loops times their trip counts. Run it on simulated devices
+FLOPs split evenly over devices in a bad layout too; the waste shows only in the collectives. They
+are read from the text of the compiled program, loops times their trip counts. Use simulated devices
 (XLA_FLAGS=--xla_force_host_platform_device_count=8); bytes are meaningful there, time is not.
 """
 
@@ -16,8 +16,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from smalti.launch import mesh as meshes, optimizer as optimizers, provenance, run as runs
-from smalti.launch import state as states
+from smalti.launch import (
+  mesh as meshes,
+  optimizer as optimizers,
+  provenance,
+  run as runs,
+  state as states,
+)
 from smalti.launch.experiment import MeshConfig, OptimizerConfig
 from smalti.launch.step import train_step
 
@@ -62,7 +67,7 @@ def _count(bodies: dict[str, list[str]], name: str) -> collections.Counter:
     if branches:
       # a conditional runs one branch; the larger is what a step costs
       counts = [_count(bodies, b.strip().lstrip('%')) for b in branches.group(1).split(',')]
-      total += max(counts, key=lambda c: sum(c.values()), default=collections.Counter())
+      total += max(counts, key=lambda count: count.total(), default=collections.Counter())
     trips = re.search(r'known_trip_count[^0-9]*(\d+)', line)
     for child in called:
       part = _count(bodies, child)
@@ -102,7 +107,7 @@ def measure(config: Any, spec: Any, mesh_config: MeshConfig, batch: dict[str, np
       'argument_bytes': memory.argument_size_in_bytes}
 
 
-def init_memory(config: Any, spec: Any, fsdp: int) -> dict[str, int]:
+def init_memory(config: Any, spec: Any, fsdp: int) -> dict[str, float]:
   """Bytes per device of the sharded init of a model with AdamW and averaged weights."""
   mesh = meshes.make(MeshConfig(data=1, fsdp=fsdp, tensor=1), jax.devices()[:fsdp])
   build = functools.partial(runs.build, config, spec)

@@ -1,4 +1,4 @@
-"""What a step moves between devices: the counter on known programs, and the layouts of the rules."""
+"""What a step moves between devices: the counter on known programs, and the layout of the rules."""
 
 import jax
 import jax.numpy as jnp

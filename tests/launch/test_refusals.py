@@ -1,4 +1,4 @@
-"""Mistakes of a user: exit code 2 and one line that says the value and the way out; nothing lost."""
+"""Mistakes of a user: exit code 2 and one line with the value and the way out; nothing lost."""
 
 import json
 import shutil
