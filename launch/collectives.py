@@ -51,8 +51,8 @@ def _computations(text: str) -> dict[str, list[str]]:
   return bodies
 
 
-def _count(bodies: dict[str, list[str]], name: str) -> collections.Counter:
-  total: collections.Counter = collections.Counter()
+def _count(bodies: dict[str, list[str]], name: str) -> collections.Counter[str]:
+  total: collections.Counter[str] = collections.Counter()
   for line in bodies.get(name, ()):
     match = re.match(r'\s*(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z-]+)\(', line)
     if not match:
@@ -67,7 +67,7 @@ def _count(bodies: dict[str, list[str]], name: str) -> collections.Counter:
     if branches:
       # a conditional runs one branch; the larger is what a step costs
       counts = [_count(bodies, b.strip().lstrip('%')) for b in branches.group(1).split(',')]
-      total += max(counts, key=lambda count: count.total(), default=collections.Counter())
+      total += max(counts, key=lambda count: sum(count.values()))
     trips = re.search(r'known_trip_count[^0-9]*(\d+)', line)
     for child in called:
       part = _count(bodies, child)
