@@ -67,17 +67,14 @@ def _count(bodies: dict[str, list[str]], name: str) -> collections.Counter[str]:
     if branches:
       # a conditional runs one branch; the larger is what a step costs
       counts = [_count(bodies, b.strip().lstrip('%')) for b in branches.group(1).split(',')]
-      total += max(counts, key=_weight)
+      heaviest: collections.Counter[str] = max(counts, key=lambda count: sum(count.values()))
+      total += heaviest
     trips = re.search(r'known_trip_count[^0-9]*(\d+)', line)
     for child in called:
       part = _count(bodies, child)
       times = int(trips.group(1)) if trips and operation == 'while' else 1
       total += collections.Counter({k: v * times for k, v in part.items()})
   return total
-
-
-def _weight(count: collections.Counter[str]) -> int:
-  return sum(count.values())
 
 
 def _bytes(shapes: str) -> int:
