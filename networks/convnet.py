@@ -189,12 +189,17 @@ class Norm(nnx.Module):
     self.bias = nnx.Param(jnp.zeros(features))
 
   def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b h w c']:
-    y = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
-    mean = jnp.mean(y, (1, 2, 4), keepdims=True)
-    variance = jnp.mean(jnp.square(y - mean), (1, 2, 4), keepdims=True)
-    y = (y - mean) * jax.lax.rsqrt(variance + 1e-6)  # 1e-6 as in taming-transformers
-    y = y.reshape(x.shape) * self.scale[...] + self.bias[...]
+    # Moments per channel, then per group: reducing views of [h, w, group] takes 3-4 times longer.
+    y = x.astype(jnp.float32)
+    mean = self._per_group(jnp.mean(y, (1, 2), keepdims=True))
+    variance = self._per_group(jnp.mean(jnp.square(y - mean), (1, 2), keepdims=True))
+    gain = jax.lax.rsqrt(variance + 1e-6) * self.scale[...]  # 1e-6 as in taming-transformers
+    y = (y - mean) * gain + self.bias[...]
     return (jax.nn.swish(y) if self.swish else y).astype(x.dtype)
+
+  def _per_group(self, x: Float[Array, 'b 1 1 c']) -> Float[Array, 'b 1 1 c']:
+    means = jnp.mean(x.reshape(x.shape[0], 1, 1, self.groups, -1), -1)
+    return jnp.repeat(means, x.shape[-1] // self.groups, -1)
 
 
 class Down(nnx.Module):
