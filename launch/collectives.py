@@ -126,7 +126,7 @@ def init_memory(config: Any, spec: Any, fsdp: int) -> dict[str, float]:
 
 def main(out: str) -> None:
   """The 4 x 256 model of specs on every mesh, and the sharded init of LlamaGen-B."""
-  from smalti.configs import imagenet256_llamagen
+  from smalti.launch import cli
   from smalti.generators.autoregressive import AutoregressiveConfig
   from smalti.networks.transformer import TransformerConfig
   from smalti.tokenizers.spec import TokenSpec
@@ -150,7 +150,7 @@ def main(out: str) -> None:
     ideal = '  '.join(f'{k} {v / 2**20:.1f}' for k, v in sorted(row['ideal'].items()))
     print(f'{name:10} MiB moved: {shown or "none"}   ideal: {ideal or "none"}   '
           f'temporary {row["temporary_bytes"] / 2**20:.1f} MiB', flush=True)
-  published = imagenet256_llamagen.get_config('B')
+  published = cli.load_config('imagenet256_llamagen:B')
   memory = init_memory(published.model, published.published.spec, 8)
   memory['ratio'] = (memory['output_bytes'] + memory['temporary_bytes']) / (
       memory['state_bytes'] / 8)
