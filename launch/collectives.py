@@ -126,8 +126,8 @@ def init_memory(config: Any, spec: Any, fsdp: int) -> dict[str, float]:
 
 def main(out: str) -> None:
   """The 4 x 256 model of specs on every mesh, and the sharded init of LlamaGen-B."""
-  from smalti.launch import cli
   from smalti.generators.autoregressive import AutoregressiveConfig
+  from smalti.launch import cli
   from smalti.networks.transformer import TransformerConfig
   from smalti.tokenizers.spec import TokenSpec
   spec = TokenSpec(grid=(128,), vocab=(1024,))
