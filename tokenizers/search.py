@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 HIGHEST = jax.lax.Precision.HIGHEST  # the default is bfloat16 on TPUs and TF32 on recent GPUs
 # Scores per chunk and bounds of its rows: a cache's worth on a CPU (measured); on accelerators
 # 256 MiB of memory and few launches (not measured).
-SCORES, ROWS = 2**20, (32, 1024)
+SCORES, ROWS = 2**20, (16, 1024)
 ACCELERATOR_SCORES, ACCELERATOR_ROWS = 2**26, (1024, 65536)
 
 
