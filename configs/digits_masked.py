@@ -19,7 +19,7 @@ from smalti.tokenizers.spec import TokenSpec
 
 SIZES = {
     'debug': dict(layers=2, width=32, heads=2, steps=2, batch_size=16),
-    'base': dict(layers=3, width=64, heads=4, steps=1000, batch_size=64),
+    'base': dict(layers=3, width=64, heads=4, steps=800, batch_size=64),
 }
 
 
@@ -30,7 +30,7 @@ def get_config(size: str = 'base') -> Experiment:
           classes=10,
           transformer=TransformerConfig(
               layers=options['layers'], width=options['width'], heads=options['heads'], axes=2,
-              dropout=0.2)),
+              dropout=0.3)),
       data=DigitsConfig(),
       tokenizer='runs/digits_vq',
       steps=options['steps'],
@@ -41,4 +41,4 @@ def get_config(size: str = 'base') -> Experiment:
       log=LogConfig(every=50),
       eval=EvalConfig(every=100),
       published=Published(source='our own size for 8 x 8 digits',
-                          spec=TokenSpec(grid=(4, 4), vocab=(64,))))
+                          spec=TokenSpec(grid=(4, 4), vocab=(16,))))

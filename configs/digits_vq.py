@@ -14,7 +14,7 @@ from smalti.tokenizers.vq import VQConfig
 
 SIZES = {
     'debug': dict(width=8, multipliers=(1, 1), blocks=1, steps=2, batch_size=16),
-    'base': dict(width=32, multipliers=(1, 2), blocks=1, steps=800, batch_size=64),
+    'base': dict(width=24, multipliers=(1, 2), blocks=1, steps=600, batch_size=64),
 }
 
 
@@ -24,13 +24,13 @@ def get_config(size: str = 'base') -> Experiment:
       model=AutoencoderConfig(
           image_size=(8, 8), channels=1, width=options['width'],
           multipliers=options['multipliers'], blocks=options['blocks'],
-          quantizer=VQConfig(codes=64, dim=8)),
+          quantizer=VQConfig(codes=16, dim=8)),
       data=DigitsConfig(),
       steps=options['steps'],
       batch_size=options['batch_size'],
       optimizer=OptimizerConfig(rate=2e-3, warmup=50),
       ema=0.99,
-      checkpoint=CheckpointConfig(every=400, best='eval/mse'),
+      checkpoint=CheckpointConfig(every=300, best='eval/mse'),
       log=LogConfig(every=50),
-      eval=EvalConfig(every=200),
+      eval=EvalConfig(every=150),
       published=Published(source='our own size for 8 x 8 digits'))
