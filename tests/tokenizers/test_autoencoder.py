@@ -72,18 +72,16 @@ def test_losses_of_micro_batches_average_to_that_of_the_batch(key):
 
 
 def test_training_learns_and_uses_its_codes():
-  """A hundred steps on real digits: the error falls well below the variance of the pixels."""
+  """Twelve epochs of real digits: the error falls well below the variance of the pixels."""
   from sklearn.datasets import load_digits
   images = jnp.asarray(load_digits().images[:512, :, :, None] / 8 - 1, jnp.float32)
-  t = build(width=16, quantizer=VQConfig(codes=64, dim=8))
+  t = build(quantizer=VQConfig(codes=64, dim=8))
   t.prepare({'image': images}, key=jax.random.key(1))
   structure, params, rest = nnx.split(t, nnx.Param, ...)
-  optimizer = optax.adam(2e-3)
+  optimizer = optax.adam(4e-3)
 
   @jax.jit  # a loop in Python: convolutions inside a scan are many times slower on a CPU
-  def step(params, rest, moments, key):
-    rows = jax.random.choice(key, images, (64,), replace=False)
-
+  def step(params, rest, moments, rows, key):
     def loss(params):
       return nnx.merge(structure, params, rest).loss({'image': rows}, step=0, key=key, train=True)
 
@@ -95,8 +93,9 @@ def test_training_learns_and_uses_its_codes():
     return params, rest, moments, aux['metrics']
 
   moments, history = optimizer.init(params), []
-  for key in jax.random.split(jax.random.key(0), 100):
-    params, rest, moments, metrics = step(params, rest, moments, key)
+  for i in range(96):
+    rows = images[64 * (i % 8):64 * (i % 8 + 1)]
+    params, rest, moments, metrics = step(params, rest, moments, rows, jax.random.key(i))
     history.append(metrics)
   last = jax.tree.map(lambda *x: np.mean(x), *history[-10:])
   assert last['mse'] < 0.4 * jnp.var(images)
