@@ -70,7 +70,7 @@ class Job:
     self.checkpoints = Checkpoints(
         workdir / 'checkpoints', keep=options.keep, keep_every=options.keep_every,
         best=options.best, mode=options.mode)
-    started = self.checkpoints.latest() is not None
+    started = bool(self.checkpoints.steps())
     self.source = experiment.data.open('train')
     self.held_out = experiment.data.open('eval')
     self.tokenizer = _tokenizer(experiment, self.mesh)
@@ -247,6 +247,7 @@ def loop(job: Job, preemption: Preemption) -> dict[str, float]:
       if pending is not None:
         check(step - 1, pending, job.names)
       pending = metrics
+      job.checkpoints.check()  # an asynchronous save that failed stops the run at once
       progress.advance()
       stop = preemption.requested if jax.process_count() == 1 else agreed(preemption.requested)
       last = step == experiment.steps or stop

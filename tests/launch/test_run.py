@@ -14,8 +14,9 @@ from smalti.launch.train import Job, train
 
 
 def config(name, **overrides):
+  # a constant rate, so that runs of other lengths are the same program
   return cli.load_config(f'{name}:debug', [
-      ('mesh.data', '1'), *((k.replace('__', '.'), str(v)) for k, v in overrides.items())])
+      ('mesh.data', '1'), ('optimizer.schedule', 'constant'), ('optimizer.warmup', '0'), *((k.replace('__', '.'), str(v)) for k, v in overrides.items())])
 
 
 @pytest.fixture(scope='module')
@@ -103,7 +104,6 @@ def test_a_run_without_a_checkpoint_takes_any_config(tmp_path):
 
 
 def test_resume_is_bitwise_the_run_that_never_stopped(tmp_path):
-  # a schedule knows the length of the run: both have the same, one stops on the way
   straight = config('digits_vq', steps=6, checkpoint__every=3, checkpoint__best='none')
   train(straight, tmp_path / 'straight')
   train(straight, tmp_path / 'stopped')
@@ -129,8 +129,8 @@ def test_init_from_copies_what_fits_and_says_what_does_not(tokenizer, tmp_path, 
 
 
 def test_the_best_checkpoint_is_what_a_run_means(tmp_path):
-  train(config('digits_vq', steps=4, checkpoint__every=1, eval__every=1, optimizer__rate=1.0,
-               optimizer__warmup=0), tmp_path / 'run')
+  train(config('digits_vq', steps=4, checkpoint__every=1, eval__every=1, optimizer__rate=1.0),
+        tmp_path / 'run')
   rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').open()]
   scores = {row['step']: row['eval/mse'] for row in rows if 'eval/mse' in row}
   assert runs.load(tmp_path / 'run').step == min(scores, key=scores.get)
