@@ -32,6 +32,15 @@ def test_ties_go_to_the_lowest_index():
     np.testing.assert_array_equal(nearest(z, codes, rows=rows), [1, 1, 2, 1])
 
 
+@pytest.mark.parametrize('size', [1, 63, 64, 65, 200])
+def test_equal_codes_far_apart_are_one(key, size):
+  """Ties over the ends of blocks, and codebooks that fill no whole number of them."""
+  a, b = jax.random.split(key)
+  codes = jnp.tile(jax.random.normal(a, (size, 3)), (3, 1))
+  z = jax.random.normal(b, (40, 3))
+  np.testing.assert_array_equal(nearest(z, codes), brute(z, codes[:size]))
+
+
 def test_rows_that_are_not_numbers_stay_in_range():
   z = jnp.array([[jnp.nan, 0.0], [jnp.inf, 0], [-jnp.inf, jnp.inf]])
   tokens = nearest(z, jnp.eye(2))
