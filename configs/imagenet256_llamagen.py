@@ -42,7 +42,8 @@ def get_config(size: str = 'B') -> Experiment:
           classes=1000, label_dropout=0.1,
           transformer=TransformerConfig(
               layers=options['layers'], width=options['width'], heads=options['heads'],
-              hidden=options['hidden'], axes=2, qk_norm=False, dropout=0.1, dtype='bfloat16')),
+              hidden=options['hidden'], axes=2, qk_norm=False, dropout=0.1,
+              dtype='float32' if debug else 'bfloat16')),
       data=TFDSConfig(name='imagenet2012', size=32 if debug else 256),
       tokenizer='runs/imagenet256_llamagen_tokenizer',
       settings=AutoregressiveSettings(guidance=options['guidance']),

@@ -20,7 +20,7 @@ from smalti.tokenizers.projected import ProjectedConfig
 from smalti.tokenizers.vq import VQConfig
 
 SIZES = {
-    'debug': dict(image=32, width=16, multipliers=(1, 2), blocks=1, codes=64, batch_size=8, steps=2,
+    'debug': dict(image=16, width=16, multipliers=(1, 2), blocks=1, codes=64, batch_size=8, steps=2,
                   published=None, dim=16),
     'base': dict(image=256, width=128, multipliers=(1, 1, 2, 2, 4), blocks=2, codes=16384,
                  batch_size=128, steps=400_000, published=71.9e6, dim=256),
@@ -36,7 +36,7 @@ def get_config(size: str = 'base') -> Experiment:
           quantizer=ProjectedConfig(
               dim=options['dim'],
               quantizer=VQConfig(codes=options['codes'], dim=8, cosine=True, update='gradient')),
-          dtype='bfloat16'),
+          dtype='float32' if size == 'debug' else 'bfloat16'),
       data=TFDSConfig(name='imagenet2012', size=options['image']),
       steps=options['steps'],
       batch_size=options['batch_size'],

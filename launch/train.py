@@ -59,7 +59,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *,
 
 
 class Job:
-  """What a run needs before its first step: mesh, data, model, state, compiled step."""
+  """What a run needs before its first step: mesh, data, model, state; then its compiled step."""
 
   def __init__(self, experiment: Experiment, workdir: pathlib.Path, init_from: str | None):
     self.experiment, self.workdir = experiment, workdir
@@ -90,8 +90,6 @@ class Job:
     self.tracker = Tracker(
         workdir, wandb=experiment.log.wandb, project=experiment.log.project,
         config=redact(to_json(experiment)), resume_step=self.start)
-    if self.start < experiment.steps:
-      self.step, self.names = self._compile()
     self._evaluate = jax.jit(functools.partial(steps.eval_step, structure=self.structure))
 
   def _state(self, init_from: str | None) -> dict:
@@ -150,8 +148,8 @@ class Job:
         augment=getattr(experiment.data, 'augment', None)):
       yield meshes.put(self.mesh, rows)
 
-  def _compile(self) -> tuple[Any, list[str]]:
-    """The compiled step, and the names behind its `finite` flags; prints what it will cost."""
+  def compile(self) -> None:
+    """Makes `step`, and `names` behind its `finite` flags; prints what a step will cost."""
     experiment = self.experiment
     step = functools.partial(
         steps.train_step, structure=self.structure, optimizer=self.optimizer,
@@ -169,8 +167,8 @@ class Job:
                               tokenizer)
     self.compile_seconds = time.perf_counter() - begin
     value, aux = shapes
-    names = steps.guarded({'loss': value, **aux['metrics']}, self.state['params'],
-                          aux['statistics'])
+    self.names = steps.guarded({'loss': value, **aux['metrics']}, self.state['params'],
+                               aux['statistics'])
     memory = compiled.memory_analysis()
     size = lambda tree: sum(  # noqa: E731 - bytes on one device
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -179,7 +177,7 @@ class Job:
         f'per device {_mib(size(self.state["params"]))} parameters, '
         f'{_mib(size(self.state["optimizer"]))} optimizer, {_mib(size(self.state["ema"]))} ema, '
         f'{_mib(memory.temp_size_in_bytes)} temporary; compiled in {self.compile_seconds:.1f} s')
-    return functools.partial(_call, compiled, key, tokenizer), names
+    self.step = functools.partial(_call, compiled, key, tokenizer)
 
   def _loss(self, params, buffers, rows, key, tokenizer):
     return self.structure.merge(params, buffers).loss(
@@ -234,6 +232,8 @@ class Job:
 def loop(job: Job, preemption: Preemption) -> dict[str, float]:
   """The training loop. Metrics are read one step late, so that the device never waits for us."""
   experiment, tracker = job.experiment, job.tracker
+  if job.start < experiment.steps:
+    job.compile()
   progress = Progress(experiment.steps, 'step', job.start)
   batches = job.batches(job.start)
   waited, clock, logged, scores = 0.0, time.perf_counter(), job.start, {}

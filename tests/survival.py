@@ -58,7 +58,7 @@ def child(arguments: list[str]) -> None:
     setattr(owner, name, wrapper)
 
   between(signals.Preemption, '__enter__', 'run enters', 'run begins')
-  between(train.Job, '_compile', 'compile begins', 'compile ends')
+  between(train.Job, 'compile', 'compile begins', 'compile ends')
   between(train.Job, 'evaluate', 'evaluation begins', 'evaluation ends')
   between(checkpoint.Checkpoints, '_read', 'restore begins', 'restore ends')
   between(manifest, 'write', 'manifest begins', 'manifest ends')

@@ -68,7 +68,8 @@ def train(config, shape, steps=3, accumulate=1):
 
 
 @pytest.mark.parametrize('config', [generator(), tokenizer()], ids=['generator', 'tokenizer'])
-@pytest.mark.parametrize('name', MESHES)
+@pytest.mark.parametrize('name', [
+    'mixed', *(pytest.param(name, marks=pytest.mark.slow) for name in ('data', 'fsdp', 'tensor'))])
 def test_loss_and_state_do_not_depend_on_the_mesh(config, name):
   shape = MESHES[name]
   alone = _alone(type(config))

@@ -16,7 +16,8 @@ from smalti.launch.train import Job, train
 def config(name, **overrides):
   # a constant rate, so that runs of other lengths are the same program
   return cli.load_config(f'{name}:debug', [
-      ('mesh.data', '1'), ('optimizer.schedule', 'constant'), ('optimizer.warmup', '0'), *((k.replace('__', '.'), str(v)) for k, v in overrides.items())])
+      ('mesh.data', '1'), ('optimizer.schedule', 'constant'), ('optimizer.warmup', '0'),
+      *((k.replace('__', '.'), str(v)) for k, v in overrides.items())])
 
 
 @pytest.fixture(scope='module')
