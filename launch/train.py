@@ -90,6 +90,7 @@ class Job:
     self.tracker = Tracker(
         workdir, wandb=experiment.log.wandb, project=experiment.log.project,
         config=redact(to_json(experiment)), resume_step=self.start)
+    self.step = None  # until `compile`
     self._evaluate = jax.jit(functools.partial(steps.eval_step, structure=self.structure))
 
   def _state(self, init_from: str | None) -> dict:
@@ -232,7 +233,7 @@ class Job:
 def loop(job: Job, preemption: Preemption) -> dict[str, float]:
   """The training loop. Metrics are read one step late, so that the device never waits for us."""
   experiment, tracker = job.experiment, job.tracker
-  if job.start < experiment.steps:
+  if job.step is None and job.start < experiment.steps:
     job.compile()
   progress = Progress(experiment.steps, 'step', job.start)
   batches = job.batches(job.start)
