@@ -102,6 +102,7 @@ def test_what_defines_a_run_may_not_change_and_the_rest_may(tmp_path):
 def test_a_run_without_a_checkpoint_takes_any_config(tmp_path):
   runs.open_workdir(_folder(tmp_path / 'run'), config('digits_vq'), started=False)
   train(config('digits_vq', steps=1, optimizer__rate=1e-5), tmp_path / 'run')
+  assert runs.read_experiment(tmp_path / 'run').optimizer.rate == 1e-5
 
 
 def test_resume_is_bitwise_the_run_that_never_stopped(tmp_path):
