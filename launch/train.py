@@ -90,7 +90,7 @@ class Job:
     self.tracker = Tracker(
         workdir, wandb=experiment.log.wandb, project=experiment.log.project,
         config=redact(to_json(experiment)), resume_step=self.start)
-    self.step = None  # until `compile`
+    self.step: Any = None  # until `compile`
     self._evaluate = jax.jit(functools.partial(steps.eval_step, structure=self.structure))
 
   def _state(self, init_from: str | None) -> dict:
