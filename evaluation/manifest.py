@@ -1,9 +1,12 @@
 """Score: a number with everything that is needed to make it again, and `scores.json`.
 
-No field has a default: a score cannot be built, nor written, without saying how it was made.
+No field has a default: a score cannot be built, nor written, without saying how it was made. The
+file holds the request that made it, which `smalti evaluate --repeat=FILE` asks again, and a SHA-256
+over its canonical JSON: a field edited by hand is refused.
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -14,7 +17,7 @@ from typing import Any
 
 from smalti.evaluation.files import whole
 
-FORMAT = 1
+FORMAT = 2
 INCEPTION = '6726825d'  # the hash of pt_inception-2015-12-05-6726825d.pth begins so
 RESERVED = ('fid', 'sfid', 'is', 'kid', 'lpips', 'cmmd')  # names of measures with published weights
 
@@ -98,35 +101,68 @@ class Score:
           f'{self.extractor!r} with hash {self.sha256!r}.')
 
 
-def write_scores(path: str | os.PathLike, scores: list[Score]) -> None:
-  """Writes `scores.json`, whole or not at all. Raises ValueError for two scores of one name."""
+def canonical(value: Any) -> bytes:
+  """The one JSON text of a value: sorted keys, no spaces, floats by repr; what hashes are over."""
+  return json.dumps(value, sort_keys=True, separators=(',', ':'), allow_nan=False).encode()
+
+
+def seal(value: Any) -> str:
+  """SHA-256 of the canonical JSON, in hex."""
+  return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def write_scores(path: str | os.PathLike, scores: list[Score],
+                 request: dict[str, Any] | None = None) -> None:
+  """Writes `scores.json`, whole or not at all.
+
+  Args:
+    request: what was asked, as JSON; `smalti evaluate --repeat` asks it again. None where the
+      scores did not come from one command.
+
+  Raises:
+    ValueError: two scores of one name.
+  """
   names = [score.name for score in scores]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise ValueError(f'Two scores are named {twice[0]}; one file holds each name once.')
-  fields = {'format': FORMAT, 'scores': [dataclasses.asdict(score) for score in scores]}
-  text = json.dumps(fields, indent=1) + '\n'
+  fields = {'format': FORMAT, 'request': request,
+            'scores': [dataclasses.asdict(score) for score in scores]}
+  fields = {**fields, 'sha256': seal(fields)}
   with whole(path) as file:
-    file.write(text.encode())
+    file.write((json.dumps(fields, indent=1) + '\n').encode())
 
 
 def read_scores(path: str | os.PathLike) -> list[Score]:
-  """Reads `write_scores`. Raises ValueError for another format, and missing or unknown fields."""
+  """The scores that `write_scores` wrote; see `read_file`."""
+  return read_file(path)[0]
+
+
+def read_file(path: str | os.PathLike) -> tuple[list[Score], dict[str, Any] | None]:
+  """(scores, request) of what `write_scores` wrote.
+
+  Raises:
+    ValueError: another format, missing or unknown fields, or a file that was edited.
+  """
   try:
     with open(path, encoding='utf-8') as file:
       fields = json.load(file)
-    rows = fields['scores']
-    written = fields['format']
-  except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    rows, request = fields['scores'], fields['request']
+    written, found = fields['format'], fields['sha256']
+  except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f'{path} holds no scores ({error}); run `smalti evaluate` again.') from error
   if written != FORMAT:
     raise ValueError(f'{path} has format {written}, this version reads {FORMAT}.')
+  expected = seal({name: value for name, value in fields.items() if name != 'sha256'})
+  if found != expected:
+    raise ValueError(f'{path} was edited: its content has SHA-256 {expected[:16]}, and it says '
+                     f'{str(found)[:16]}; run `smalti evaluate` again.')
   known = {field.name for field in dataclasses.fields(Score)}
   for row in rows:
     if not isinstance(row, dict) or set(row) != known:
       odd = sorted(known ^ set(row)) if isinstance(row, dict) else [repr(row)[:40]]
       raise ValueError(f'{path} has a score with missing or unknown fields: {", ".join(odd)}.')
   try:
-    return [Score(**{**row, 'seeds': tuple(row['seeds'])}) for row in rows]
+    return [Score(**{**row, 'seeds': tuple(row['seeds'])}) for row in rows], request
   except TypeError as error:
     raise ValueError(f'{path} has a score with a field of another type ({error}).') from error
 

@@ -4,7 +4,16 @@ import json
 
 import pytest
 
-from smalti.evaluation.manifest import Score, read_scores, versions, write_scores
+from smalti.evaluation.manifest import (
+    FORMAT,
+    Score,
+    canonical,
+    read_file,
+    read_scores,
+    seal,
+    versions,
+    write_scores,
+)
 
 HASH = '1a2b3c4d' * 8
 FIELDS = dict(
@@ -15,9 +24,15 @@ FIELDS = dict(
     versions=versions('scikit-learn'), beside={'floor': 0.4})
 
 
+def sealed(**fields):
+  fields = {'format': FORMAT, 'request': None, **fields}
+  return json.dumps({**fields, 'sha256': seal(fields)})
+
+
 def test_round_trip(tmp_path):
   scores = [Score(**FIELDS), Score(**{**FIELDS, 'name': 'bits_per_token', 'extractor': None})]
-  write_scores(tmp_path / 'run' / 'scores.json', scores)
+  write_scores(tmp_path / 'run' / 'scores.json', scores, {'n': 1000})
+  assert read_file(tmp_path / 'run' / 'scores.json') == (scores, {'n': 1000})
   assert read_scores(tmp_path / 'run' / 'scores.json') == scores
   assert [p.name for p in (tmp_path / 'run').iterdir()] == ['scores.json']
   assert set(FIELDS['versions']) == {'python', 'smalti', 'numpy', 'scikit-learn'}
@@ -29,7 +44,7 @@ def test_no_field_may_be_left_out(field, tmp_path):
   with pytest.raises(TypeError, match=field):
     Score(**rest)
   path = tmp_path / 'scores.json'
-  path.write_text(json.dumps({'format': 1, 'scores': [rest]}))
+  path.write_text(sealed(scores=[rest]))
   with pytest.raises(ValueError, match=f'missing or unknown fields: {field}'):
     read_scores(path)
 
@@ -65,11 +80,33 @@ def test_fid_takes_the_inception_weights_and_nothing_else():
 
 def test_files_that_are_no_scores(tmp_path):
   path = tmp_path / 'scores.json'
-  for text, message in [('{"format": 1', 'holds no scores'), ('[]', 'holds no scores'),
-                        ('{"format": 2, "scores": []}', 'format 2'),
-                        ('{"format": 1, "scores": [3]}', 'unknown fields')]:
+  for text, message in [('{"format": 2', 'holds no scores'), ('[]', 'holds no scores'),
+                        ('{"format": 1, "scores": []}', 'holds no scores'),
+                        (sealed(format=9, scores=[]), 'format 9'),
+                        (sealed(scores=[3]), 'unknown fields')]:
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
       read_scores(path)
   with pytest.raises(ValueError, match='Two scores'):
     write_scores(path, [Score(**FIELDS)] * 2)
+
+
+@pytest.mark.parametrize('old, new', [
+    ('"value": 1.5', '"value": 1.4'), ('"floor": 0.4', '"floor": 0.5'), ('"n": 1000', '"n": 999'),
+    ('"seeds": [\n    0', '"seeds": [\n    2')])
+def test_a_file_edited_by_hand_is_refused(old, new, tmp_path):
+  path = tmp_path / 'scores.json'
+  write_scores(path, [Score(**FIELDS)], {'n': 1000})
+  text = path.read_text()
+  assert text.count(old) == 1
+  path.write_text(text.replace(old, new))
+  with pytest.raises(ValueError, match='was edited'):
+    read_scores(path)
+
+
+def test_the_hash_is_over_content_and_not_over_layout(tmp_path):
+  assert canonical({'b': 1.0, 'a': [True, None]}) == b'{"a":[true,null],"b":1.0}'
+  path = tmp_path / 'scores.json'
+  write_scores(path, [Score(**FIELDS)], None)
+  path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+  assert read_scores(path) == [Score(**FIELDS)]
