@@ -1,4 +1,4 @@
-"""PSNR and SSIM: published formulas, golden values, and scikit-image."""
+"""PSNR, SSIM and MS-SSIM: published formulas, golden values, and scikit-image."""
 
 import numpy as np
 import pytest
@@ -73,6 +73,61 @@ def test_small_images_have_a_smaller_window_under_another_name():
       values.append((2 * ma * mb + 1e-4) * (2 * cov + 9e-4)
                     / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4)))
   assert reconstruction.ssim(x, y)[0] == pytest.approx(np.mean(values), abs=1e-9)
+
+
+def scene(h, w, c, noise, seed):
+  """Waves with a deterministic error: nothing here depends on a generator's version."""
+  i, j = np.indices((h, w))
+  x = np.stack([127 + 60 * np.sin(i / (7 + k)) + 50 * np.cos(j / (11 + 3 * k)) for k in range(c)],
+               -1)
+  error = (i[..., None] * 31 + j[..., None] * 17 + np.arange(c) * 7 + seed) % 41 - 20
+  return x.round().astype(np.uint8), np.clip(x + noise * error, 0, 255).round().astype(np.uint8)
+
+
+def test_ms_ssim_golden():
+  pairs = [scene(176, 192, 3, .3, 0), scene(176, 192, 3, 1.5, 5)]
+  x, y = (np.stack(z) for z in zip(*pairs))
+  # pytorch_msssim 1.0.0 in float64 images (its window is float32): 0.99608272, 0.94265603
+  np.testing.assert_allclose(reconstruction.ms_ssim(x, y), [.99608272, .94265603], atol=1e-6)
+  # an odd side: scales of ceil(h / 2), which that package pads with zeros: 5e-5 apart
+  pairs = [scene(181, 203, 1, .3, 0), scene(181, 203, 1, 1.5, 5)]
+  x, y = (np.stack(z) for z in zip(*pairs))
+  np.testing.assert_allclose(reconstruction.ms_ssim(x, y), [.9968676, .9520064], atol=6e-5)
+  assert (reconstruction.ms_ssim(x, x) == 1).all()
+
+
+def test_ms_ssim_of_constants_is_the_luminance_of_the_last_scale():
+  x, y = (np.full((1, 176, 176, 2), level, np.uint8) for level in (51, 153))
+  luminance = (2 * .2 * .6 + 1e-4) / (.04 + .36 + 1e-4)
+  np.testing.assert_allclose(reconstruction.ms_ssim(x, y), luminance ** .1333, atol=1e-10)
+
+
+def test_ms_ssim_counts_negative_structure_as_none_and_refuses_small_images():
+  x, _ = pair((1, 176, 176, 1))
+  assert reconstruction.ssim(x, 255 - x)[0] < 0
+  assert reconstruction.ms_ssim(x, 255 - x)[0] == 0
+  small = x[:, :175]
+  with pytest.raises(ValueError, match='176'):
+    reconstruction.ms_ssim(small, small)
+  assert reconstruction.compare(small, small).ms_ssim is None
+  assert reconstruction.compare(x, x).ms_ssim == 1
+
+
+@pytest.mark.parametrize('shape', [(7, 20, 24, 3), (3, 176, 177, 1)])
+def test_parts_average_to_the_whole(shape, monkeypatch):
+  x, y = pair(shape)
+  y[1] = x[1]
+  whole = reconstruction.compare(x, y)
+  assert whole.exact == 1
+  monkeypatch.setattr(reconstruction, 'CHUNK', x[0].size)  # one image at a time
+  parts = [reconstruction.measure(x[i:j], y[i:j]) for i, j in ((0, 2), (2, len(x)))]
+  assert reconstruction.summarize(parts) == whole
+  np.testing.assert_array_equal(np.concatenate([p.psnr for p in parts]), reconstruction.psnr(x, y))
+  np.testing.assert_array_equal(np.concatenate([p.ssim for p in parts]), reconstruction.ssim(x, y))
+  with pytest.raises(ValueError, match='one size'):
+    reconstruction.summarize([*parts, reconstruction.measure(*pair((1, 8, 8, 1)))])
+  with pytest.raises(ValueError, match='one or more'):
+    reconstruction.summarize([])
 
 
 def test_floats_and_unlike_shapes_are_refused():
