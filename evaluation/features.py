@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 import zipfile
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -26,6 +26,8 @@ FORMAT = 1
 SIDE = 32  # pixels that larger images are averaged to
 FITTED = 2048  # images that principal components are fitted on, at most
 Images = Shaped[np.ndarray, '_b _h _w _c']  # uint8, checked below: floats are refused
+Given = Shaped[Any, '_b _h _w _c']  # the same, or a jax.Array, perhaps over several devices
+Outputs = dict[str, Float[Any, '_b _c']]  # float32
 Shape = tuple[int, int, int]
 
 
@@ -33,10 +35,13 @@ Shape = tuple[int, int, int]
 class Extractor(Protocol):
   """Images to features, with everything that a score must say about it.
 
+  A call takes uint8 images and returns float32 rows by name: 'features' always, and where it has
+  them 'logits' of classes (Inception score) and 'spatial' (features of places, for sFID).
+
   Attributes:
     name: what it is, part of the score's name.
     sha256: of the weights, or of the definition where there are none.
-    dim: length of a feature row.
+    dim: length of a row of 'features'.
     resize: how images reach the size it works at; 'none' is at their own.
   """
   name: str
@@ -44,7 +49,7 @@ class Extractor(Protocol):
   dim: int
   resize: str
 
-  def __call__(self, images: Images) -> Float[np.ndarray, 'b c']: ...
+  def __call__(self, images: Given) -> Outputs: ...
 
 
 def score_name(extractor: Extractor) -> str:
@@ -61,7 +66,7 @@ def moments(extractor: Extractor, images: Images, chunk: int = 1024) -> Moments:
   """Streamed moments of the features of many images."""
   total = Moments.empty(extractor.dim, identity(extractor))
   for start in range(0, len(images), chunk):
-    total = total.add(extractor(images[start:start + chunk]))
+    total = total.add(extractor(images[start:start + chunk])['features'])
   return total
 
 
@@ -80,8 +85,8 @@ class Pixels:
   def sha256(self) -> str:
     return _digest({'extractor': 'pixels', 'shape': list(self.shape), 'scale': 255})
 
-  def __call__(self, images: Images) -> Float[np.ndarray, 'b c']:
-    return _flatten(images, self.shape)
+  def __call__(self, images: Given) -> Outputs:
+    return _outputs(_flatten(np.asarray(images), self.shape))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,10 +134,12 @@ class Principal:
     return _digest({'extractor': 'principal', 'shape': list(self.shape)},
                    self.mean, self.components)
 
-  def __call__(self, images: Images) -> Float[np.ndarray, 'b c']:
+  def __call__(self, images: Given) -> Outputs:
+    images = np.asarray(images)
     _check(images, self.shape)
     small = shrink(images)
-    return (_flatten(small, small.shape[1:]) - self.mean) @ self.components.astype(np.float64)
+    return _outputs(
+        (_flatten(small, small.shape[1:]) - self.mean) @ self.components.astype(np.float64))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -176,8 +183,9 @@ class Classifier:
   def sha256(self) -> str:
     return _digest({'extractor': 'classifier', 'shape': list(self.shape)}, self.weights, self.bias)
 
-  def __call__(self, images: Images) -> Float[np.ndarray, 'b c']:
-    return np.maximum(_flatten(images, self.shape) @ self.weights.astype(np.float64) + self.bias, 0)
+  def __call__(self, images: Given) -> Outputs:
+    x = _flatten(np.asarray(images), self.shape)
+    return _outputs(np.maximum(x @ self.weights.astype(np.float64) + self.bias, 0))
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes the weights, for scores on other machines with exactly this extractor."""
@@ -234,6 +242,10 @@ def _check(images: Images, shape: Shape) -> None:
   if images.dtype != np.uint8 or images.shape[1:] != tuple(shape):
     raise ValueError(f'Images of {images.dtype}{list(images.shape[1:])} must be '
                      f'uint8{list(shape)}: this extractor takes no other size.')
+
+
+def _outputs(features: Float[np.ndarray, 'b c']) -> Outputs:
+  return {'features': features.astype(np.float32)}
 
 
 def _rounded(x: np.ndarray) -> Float[np.ndarray, '...']:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -33,7 +34,11 @@ def test_names_hashes_and_dimensions(digits, classifier):
   for extractor in found:
     assert len(extractor.sha256) == 64
     assert features.score_name(extractor) == f'fd_{extractor.name}_{extractor.sha256[:8]}'
-    assert extractor(digits[1][0][:5]).shape == (5, extractor.dim)
+    found = extractor(digits[1][0][:5])
+    assert found.keys() == {'features'} and found['features'].dtype == np.float32
+    assert found['features'].shape == (5, extractor.dim)
+    on_device = extractor(jnp.asarray(digits[1][0][:5]))
+    np.testing.assert_array_equal(on_device['features'], found['features'])
     with pytest.raises(ValueError, match='no other size'):
       extractor(np.zeros((2, 9, 8, 1), np.uint8))
     with pytest.raises(ValueError, match='must be uint8'):
@@ -71,7 +76,7 @@ def test_large_images_are_averaged_and_say_so():
   assert np.abs(small - mean).max() <= 1  # the mean of 4 x 4 pixels, rounded by rows and columns
   assert features.shrink(small) is small
   extractor = features.Principal.fit(images, 7)
-  assert (extractor.resize, extractor(images).shape) == ('box_32x24', (20, 7))
+  assert (extractor.resize, extractor(images)['features'].shape) == ('box_32x24', (20, 7))
   with pytest.raises(ValueError, match='no other size'):
     extractor(small)
 
@@ -117,7 +122,8 @@ def test_files(digits, classifier, tmp_path):
   path = tmp_path / 'extractor.npz'
   classifier.save(path)
   again = features.Classifier.load(path, classifier.sha256)
-  np.testing.assert_array_equal(again(digits[1][0]), classifier(digits[1][0]))
+  np.testing.assert_array_equal(
+      again(digits[1][0])['features'], classifier(digits[1][0])['features'])
   assert (again.name, again.accuracy) == (classifier.name, classifier.accuracy)
   with pytest.raises(ValueError, match='not 00000000'):
     features.Classifier.load(path, '0' * 64)
