@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 import smalti
+from smalti.generators.generator import GeneratorConfig
 from smalti.launch import cli, run as runs, serialization, state as states
 from smalti.launch.progress import say
 from smalti.networks.model import ModelConfig
@@ -29,7 +30,7 @@ def save(loaded: runs.Loaded, path: pathlib.Path) -> None:
       {'params': params, 'buffers': buffers}).items()}
   metadata = {
       'format': str(runs.FORMAT), 'version': smalti.__version__,
-      'config': json.dumps(loaded.stored), 'spec': loaded.spec.to_json(),
+      'config': json.dumps(loaded.stored), 'spec': loaded.spec.to_json() if loaded.spec else '',
       'fingerprint': loaded.fingerprint, 'step': str(loaded.step), 'weights': loaded.weights}
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_suffix('.tmp')
@@ -55,7 +56,7 @@ def load(path: pathlib.Path) -> runs.Loaded:
   runs.check_format({**metadata, 'format': int(metadata['format'])}, path)
   stored = json.loads(metadata['config'])
   config = serialization.from_json(stored, ModelConfig)
-  spec = TokenSpec.from_json(metadata['spec'])
+  spec = TokenSpec.from_json(metadata['spec']) if metadata['spec'] else None
   shape = nnx.eval_shape(lambda: runs.build(config, spec, nnx.Rngs(0)))
   structure = states.Structure.of(shape)
   target = dict(zip(('params', 'buffers'), structure.split(shape)))
@@ -69,8 +70,8 @@ def load(path: pathlib.Path) -> runs.Loaded:
   tree = states.from_dict(target, _nested(leaves))
   model = structure.merge(tree['params'], tree['buffers'])
   mark = metadata['fingerprint']
-  if hasattr(model, 'encode'):
-    mark = runs.fingerprint(stored, model.spec, tree['params'], tree['buffers'])
+  if not isinstance(config, GeneratorConfig):
+    mark = runs.fingerprint(stored, spec, tree['params'], tree['buffers'])
     if mark != metadata['fingerprint']:
       raise ValueError(f'{path} is damaged: its leaves have fingerprint {mark}, and it was written '
                        f'with {metadata["fingerprint"]}; export it again.')

@@ -52,7 +52,8 @@ def main(values: Any) -> int:
     raise ValueError(f'n={values.n} must be 1 or more.')
   tokenizer = runs.load(values.workdir, weights=values.weights)
   if not hasattr(tokenizer.model, 'encode'):
-    raise ValueError(f'{values.workdir} is a generator; reconstruct with its tokenizer.')
+    raise ValueError(f'{values.workdir} is a {runs.kind(tokenizer.model)}; reconstruct with a '
+                     'tokenizer.')
   source = tokenizer.experiment.data.open('eval')
   count = min(values.n, len(source))
   images = source.read(np.arange(count))['image']

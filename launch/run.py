@@ -23,7 +23,6 @@ from smalti.launch.experiment import Experiment
 from smalti.launch.tracker import redact
 from smalti.networks.model import ModelConfig
 from smalti.tokenizers.spec import TokenSpec
-from smalti.tokenizers.tokenizer import Tokenizer
 
 FORMAT = 1
 # What may differ when a run is continued; everything else defines another run.
@@ -39,9 +38,9 @@ class Loaded:
     config: its component config.
     stored: the JSON of `config` as the version that trained it wrote it, which is what fingerprints
       are over: a field that a later version adds changes none.
-    spec: its tokens.
-    fingerprint: for tokenizers, 16 hex digits over config, leaves and spec; for generators, that
-      of the tokenizer they were trained on.
+    spec: its tokens; None for what has none, such as a classifier.
+    fingerprint: 16 hex digits over config, leaves and spec; for generators, that of the tokenizer
+      they were trained on.
     experiment: the run's experiment, or None for an exported file.
     step: the checkpoint's step.
     path: the run folder or file.
@@ -50,7 +49,7 @@ class Loaded:
   model: Any
   config: ModelConfig
   stored: dict
-  spec: TokenSpec
+  spec: TokenSpec | None
   fingerprint: str
   experiment: Experiment | None
   step: int
@@ -136,8 +135,14 @@ def build(config: Any, spec: TokenSpec | None, rngs: nnx.Rngs) -> Any:
   return config.build(spec, rngs=rngs)
 
 
-def fingerprint(stored: dict, spec: TokenSpec, *leaves: dict) -> str:
-  """16 hex digits of SHA-256 over config JSON, leaves in path order (little-endian), and spec."""
+def kind(model: Any) -> str:
+  """'tokenizer', 'generator', or for whatever has no tokens the name of its class: 'classifier'."""
+  return ('tokenizer' if hasattr(model, 'encode') else
+          'generator' if hasattr(model, 'sample') else type(model).__name__.lower())
+
+
+def fingerprint(stored: dict, spec: TokenSpec | None, *leaves: dict) -> str:
+  """16 hex digits of SHA-256 over config JSON, leaves in path order (little-endian), any spec."""
   digest = hashlib.sha256(json.dumps(stored, sort_keys=True).encode())
   for tree in leaves:
     for path, leaf in sorted(states.paths(tree).items()):
@@ -145,7 +150,8 @@ def fingerprint(stored: dict, spec: TokenSpec, *leaves: dict) -> str:
       digest.update(path.encode() + str(array.dtype).encode() + str(array.shape).encode())
       digest.update(np.ascontiguousarray(
           array.astype(array.dtype.newbyteorder('<'), copy=False)).tobytes())
-  digest.update(spec.to_json().encode())
+  if spec is not None:
+    digest.update(spec.to_json().encode())
   return digest.hexdigest()[:16]
 
 
@@ -174,6 +180,51 @@ def load(reference: str | os.PathLike, *, weights: str = 'ema') -> Loaded:
                             mode=experiment.checkpoint.mode)
   try:
     return _load_checkpoint(folder, experiment, checkpoints, at, weights)
+  finally:
+    checkpoints.close()
+
+
+@dataclasses.dataclass
+class Outline:
+  """A run without its weights: what it can be asked, and its checkpoints.
+
+  Attributes:
+    experiment, path: as of `Loaded`.
+    model: the module over abstract arrays.
+    fingerprint: for generators, that of the tokenizer they were trained on.
+    steps: the committed checkpoints.
+    best: the step that `load` takes.
+    last: the newest.
+  """
+  experiment: Experiment
+  path: pathlib.Path
+  model: Any
+  fingerprint: str
+  steps: list[int]
+  best: int
+  last: int
+
+
+def outline(workdir: str | os.PathLike) -> Outline:
+  """Reads a run folder and restores nothing.
+
+  Raises:
+    FileNotFoundError: no run is there, or it has no committed checkpoint.
+  """
+  folder = pathlib.Path(workdir)
+  experiment = read_experiment(folder)
+  checkpoints = Checkpoints(folder / 'checkpoints', best=experiment.checkpoint.best,
+                            mode=experiment.checkpoint.mode)
+  try:
+    last = checkpoints.latest()
+    if last is None:
+      raise FileNotFoundError(f'{folder} has no committed checkpoint yet; train it first.')
+    best = checkpoints.best() if experiment.checkpoint.best else last
+    item = checkpoints.read_item(last)
+    spec = TokenSpec.from_json(item['spec']) if item.get('spec') else None
+    model = nnx.eval_shape(lambda: build(experiment.model, spec, nnx.Rngs(0)))
+    return Outline(experiment, folder, model, item.get('fingerprint') or '', checkpoints.steps(),
+                   last if best is None else best, last)
   finally:
     checkpoints.close()
 
@@ -207,10 +258,11 @@ def _load_checkpoint(folder: pathlib.Path, experiment: Experiment, checkpoints: 
   tree = checkpoints.restore_part(step, target)
   model = shape.merge(tree[group], tree['buffers'])
   stored = read_config(folder)['experiment']['model']
-  if isinstance(model, Tokenizer):
-    spec, mark = model.spec, fingerprint(stored, model.spec, tree[group], tree['buffers'])
-  else:
+  if isinstance(experiment.model, GeneratorConfig):
     mark = item.get('fingerprint') or ''
+  else:
+    spec = getattr(model, 'spec', None)
+    mark = fingerprint(stored, spec, tree[group], tree['buffers'])
   return Loaded(model, experiment.model, stored, spec, mark, experiment, step, folder,
                 'ema' if group == 'ema' else 'raw')
 
@@ -230,7 +282,7 @@ def _load_token_folder(folder: pathlib.Path, weights: str) -> Loaded:
   return loaded
 
 
-def load_tokenizer(loaded: Loaded, override: str | None = None) -> Loaded:
+def load_tokenizer(loaded: Loaded | Outline, override: str | None = None) -> Loaded:
   """The tokenizer of a generator's run, or the one at `override` (a moved folder).
 
   Raises:
@@ -251,3 +303,11 @@ def load_tokenizer(loaded: Loaded, override: str | None = None) -> Loaded:
         f'{tokenizer.fingerprint}: it was retrained or is another one; '
         'name the old one with --tokenizer=RUN@STEP.')
   return tokenizer
+
+
+def pixels(data: Any, tokenizer: Loaded) -> Any:
+  """The images behind a generator's data: its own, or for stored tokens those of the tokenizer."""
+  from smalti.data.tokens import TokensConfig
+  if isinstance(data, TokensConfig) and tokenizer.experiment is not None:
+    return tokenizer.experiment.data
+  return data

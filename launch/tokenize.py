@@ -59,7 +59,8 @@ def main(values: Any) -> int:
     raise ValueError('tokenize needs --workdir=TOKENIZER and --out=DIR.')
   tokenizer = runs.load(values.workdir)
   if not hasattr(tokenizer.model, 'encode'):
-    raise ValueError(f'{values.workdir} is a generator; tokenize with a tokenizer.')
+    raise ValueError(f'{values.workdir} is a {runs.kind(tokenizer.model)}; tokenize with a '
+                     'tokenizer.')
   tokenize(tokenizer, _data(values.data, tokenizer), pathlib.Path(values.out),
            batch_size=values.batch_size)
   return 0

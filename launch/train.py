@@ -215,10 +215,12 @@ class Job:
 
   def save(self, metrics: dict[str, float]) -> None:
     """Starts an asynchronous save of the state; the caller has read the step's flags."""
+    model = self.structure.merge(self.state['params'], self.state['buffers'])
+    spec = self.spec or getattr(model, 'spec', None)
     item = {
         'format': runs.FORMAT, 'version': smalti.__version__,
         'config': redact(to_json(self.experiment)),
-        'spec': (self.spec or _spec(self.structure, self.state)).to_json(),
+        'spec': spec and spec.to_json(),
         'fingerprint': self.tokenizer.fingerprint if self.tokenizer else None,
         'metrics': metrics,
     }
@@ -344,6 +346,9 @@ def _tokenizer(experiment: Experiment, mesh: jax.sharding.Mesh) -> runs.Loaded |
   if experiment.tokenizer is None:
     raise ValueError('A generator needs --config.tokenizer=RUN, the run of a tokenizer.')
   loaded = runs.load(experiment.tokenizer)
+  if not hasattr(loaded.model, 'encode'):
+    raise ValueError(f'{experiment.tokenizer} is a {runs.kind(loaded.model)}; name a tokenizer with '
+                     '--config.tokenizer=RUN.')
   structure = states.Structure.of(loaded.model)
   leaves = jax.device_put(jax.device_get(structure.split(loaded.model)), meshes.replicated(mesh))
   return dataclasses.replace(loaded, model=structure.merge(*leaves))
@@ -381,10 +386,6 @@ def _initialize(state: dict, reference: str) -> set[str]:
   if state['ema']:
     state['ema'] = jax.tree.map(jnp.copy, state['params'])
   return copied
-
-
-def _spec(structure: states.Structure, state: dict) -> Any:
-  return structure.merge(state['params'], state['buffers']).spec
 
 
 def _rngs(seed: int) -> Any:
