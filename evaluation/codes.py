@@ -49,7 +49,7 @@ def counts(spec: TokenSpec, tokens: Tokens) -> list[Int[np.ndarray, 'v']]:
 
   Counts of several batches add. Raises ValueError for tokens outside the alphabet.
   """
-  tokens = _checked(spec, tokens)
+  tokens = checked(spec, tokens)
   valid = np.asarray(spec.valid(tokens))
   return [np.bincount(tokens[:, :, d][valid[:, :, d]], minlength=v)
           for d, v in enumerate(spec.vocab)]
@@ -66,7 +66,7 @@ def code_use(count: Int[np.ndarray, 'v']) -> CodeUse:
       vocab=vocab, tokens=total, distinct=distinct,
       expected=vocab * (1 - (1 - 1 / vocab) ** total), dead=vocab - distinct,
       usage=distinct / vocab, entropy=entropy,
-      entropy_corrected=entropy + (distinct - 1) / (2 * total * np.log(2)),
+      entropy_corrected=entropy + (distinct - 1) / (2 * total * float(np.log(2))),
       perplexity=2 ** entropy, normalized=entropy / float(np.log2(vocab)))
 
 
@@ -80,7 +80,7 @@ def unigram_bits(spec: TokenSpec, train: Tokens, held_out: Tokens, *,
     positional: one table per position too, which knows where the empty border is; the harder
       baseline for images.
   """
-  train, held_out = _checked(spec, train), _checked(spec, held_out)
+  train, held_out = checked(spec, train), checked(spec, held_out)
   if not len(train) or not len(held_out):
     raise ValueError(f'{len(train)} training and {len(held_out)} held-out rows; give at least one.')
   places = [slice(n, n + 1) for n in range(spec.length)] if positional else [slice(None)]
@@ -95,7 +95,8 @@ def unigram_bits(spec: TokenSpec, train: Tokens, held_out: Tokens, *,
   return nats / np.log(2) / total
 
 
-def _checked(spec: TokenSpec, tokens: Tokens) -> Tokens:
+def checked(spec: TokenSpec, tokens: Tokens) -> Tokens:
+  """`tokens` as an array. Raises ValueError where shape or values do not fit `spec`."""
   tokens = np.asarray(tokens)
   if tokens.ndim != 3 or tokens.shape[1:] != (spec.length, spec.depth):
     raise ValueError(f'Tokens of shape {tokens.shape} must be [B, {spec.length}, {spec.depth}].')
