@@ -9,15 +9,10 @@ any other is `fd_<extractor>_<hash>` (see `evaluation/features.py`).
 
 import dataclasses
 import functools
-import os
-import zipfile
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
-from smalti.evaluation.files import whole
-
-FORMAT = 1
 ROUNDING = 1e-3  # a self-distance may come out this far below zero, per unit of total variance
 
 
@@ -26,7 +21,7 @@ class Moments:
   """Count, mean and centred scatter of features, which merge exactly over any partition.
 
   Attributes:
-    n: rows seen.
+    n: rows seen; 0 for the moments of a file that does not say.
     mean: float64[D].
     scatter: float64[D, D], the sum of outer products of centred rows (M2).
     extractor: identity of what made the features; moments of two extractors do not mix.
@@ -55,6 +50,25 @@ class Moments:
     x = x - mean
     return cls(len(x), mean, x.T @ x, extractor)
 
+  @classmethod
+  def given(cls, n: int, mean: Shaped[np.ndarray, '...'], covariance: Shaped[np.ndarray, '...'],
+            extractor: str = '') -> 'Moments':
+    """Those of a file, whose covariance stays the same bit for bit; n = 0 where it is not said.
+
+    Raises ValueError for what cannot be a mean and a covariance.
+    """
+    mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+    dim = mean.size
+    if mean.shape != (dim,) or covariance.shape != (dim, dim) or not dim:
+      raise ValueError(f'a mean of shape {mean.shape} and a covariance of {covariance.shape}')
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+      raise ValueError('moments that are not finite')
+    if np.abs(covariance - covariance.T).max() > 1e-6 * abs(np.trace(covariance)) / dim:
+      raise ValueError('an asymmetric covariance')
+    moments = cls(n, mean, covariance * max(n - 1, 0), extractor)
+    moments.__dict__['covariance'] = covariance  # (n - 1) / (n - 1) would cost the last bit
+    return moments
+
   def add(self, features: Float[np.ndarray, 'b c'],
           valid: Bool[np.ndarray, 'b'] | None = None) -> 'Moments':
     """Moments with more rows; rows where `valid` is False (padding of a batch) do not count."""
@@ -78,7 +92,7 @@ class Moments:
   def dim(self) -> int:
     return len(self.mean)
 
-  @property
+  @functools.cached_property
   def covariance(self) -> Float[np.ndarray, 'c c']:
     """Unbiased, divided by n - 1."""
     if self.n < 2:
@@ -90,45 +104,6 @@ class Moments:
     """The symmetric square root of the covariance; kept, since a reference serves many times."""
     values, vectors = np.linalg.eigh(self.covariance)
     return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-
-  def save(self, path: str | os.PathLike) -> None:
-    """Writes an .npz under its final name only once it is complete."""
-    with whole(path) as file:
-      np.savez(file, format=FORMAT, n=self.n, mu=self.mean, scatter=self.scatter,
-               extractor=np.array(self.extractor))
-
-  @classmethod
-  def load(cls, path: str | os.PathLike, extractor: str | None = None) -> 'Moments':
-    """Reads `save`.
-
-    Args:
-      extractor: the identity that the file must have; None takes any.
-
-    Raises:
-      ValueError: the file is damaged, of another format or extractor, or holds no moments.
-    """
-    try:
-      with np.load(path, allow_pickle=False) as file:
-        fields = {name: file[name] for name in ('format', 'n', 'mu', 'scatter', 'extractor')}
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-      raise ValueError(f'{path} holds no moments ({error}); compute them again.') from error
-    if int(fields['format']) != FORMAT:
-      raise ValueError(f'{path} has format {int(fields["format"])}, this version reads {FORMAT}.')
-    n, mean, scatter, found = (fields[k] for k in ('n', 'mu', 'scatter', 'extractor'))
-    dim = mean.size
-    if n.ndim or n < 0 or mean.shape != (dim,) or scatter.shape != (dim, dim) or any(
-        x.dtype != np.float64 for x in (mean, scatter)):
-      raise ValueError(f'{path} holds a mean and a scatter that do not fit; compute them again.')
-    if not (np.isfinite(mean).all() and np.isfinite(scatter).all()):
-      raise ValueError(f'{path} holds non-finite moments; compute them again.')
-    skew = np.abs(scatter - scatter.T).max(initial=0)
-    if skew > 1e-6 * max(np.trace(scatter) / max(dim, 1), 1e-300):
-      raise ValueError(f'{path} holds an asymmetric covariance; compute it again.')
-    if extractor is not None and str(found) != extractor:
-      raise ValueError(
-          f'{path} was made with extractor {str(found)!r}, not {extractor!r}; '
-          'compute the reference again with this one.')
-    return cls(int(n), mean, scatter, str(found))
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
