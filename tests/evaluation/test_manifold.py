@@ -1,4 +1,4 @@
-"""Precision, recall, density, coverage: golden values, definitions by brute force, bounded memory."""
+"""Precision, recall, density, coverage: golden values, the definitions in full, bounded memory."""
 
 import tracemalloc
 
