@@ -24,6 +24,7 @@ class OptimizerConfig:
     betas, epsilon: Adam's moments.
     weight_decay: decoupled, on kernels and embeddings only.
     clip: largest global gradient norm of the group; None is off.
+    clip_each: largest absolute value of each element of a gradient; None is off.
     start: the group's first step; its moments and schedule begin there.
   """
   rate: float = 3e-4
@@ -34,6 +35,7 @@ class OptimizerConfig:
   epsilon: float = 1e-8
   weight_decay: float = 0.0
   clip: float | None = 1.0
+  clip_each: float | None = None
   start: int = 0
 
 

@@ -39,7 +39,9 @@ def make(config: Any, discriminator: Any | None, steps: int) -> optax.GradientTr
 
 
 def _group(config: Any, steps: int) -> optax.GradientTransformation:
-  parts = [optax.clip_by_global_norm(config.clip)] if config.clip is not None else []
+  parts = [] if config.clip_each is None else [optax.clip(config.clip_each)]
+  if config.clip is not None:
+    parts.append(optax.clip_by_global_norm(config.clip))
   parts.append(optax.adamw(
       schedule(config, steps), *config.betas, eps=config.epsilon,
       weight_decay=config.weight_decay, mask=_decayed))

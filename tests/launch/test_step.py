@@ -1,5 +1,6 @@
 """The training step: two players, accumulation, the guard, averaged weights."""
 
+import dataclasses
 import functools
 
 import jax
@@ -129,6 +130,20 @@ def test_weight_decay_spares_biases_scales_and_codebooks():
   tree = {'a': {'kernel': 1, 'bias': 1, 'scale': 1}, 'embedding': 1, 'codebook': 1}
   assert optimizers._decayed(jax.tree_util.tree_map(jnp.asarray, tree)) == {
       'a': {'kernel': True, 'bias': False, 'scale': False}, 'embedding': True, 'codebook': False}
+
+
+def test_gradients_are_clipped_each_and_then_as_a_whole():
+  params = {'kernel': jnp.zeros(2)}
+  gradients = {'kernel': jnp.array([30.0, -4.0])}
+  for config, want in [
+      (OptimizerConfig(clip=None, clip_each=None), [30, -4]),
+      (OptimizerConfig(clip=None, clip_each=5.0), [5, -4]),
+      (OptimizerConfig(clip=1.0, clip_each=3.0), [0.5**0.5, -(0.5**0.5)])]:
+    config.betas, config.epsilon, config.warmup = (0.0, 0.0), 1e6, 0
+    rule = optimizers.make(dataclasses.replace(config, rate=1e6), None, 10)
+    # without moments and with a huge epsilon, Adam's update is the clipped gradient itself
+    updates, _ = rule.update(gradients, rule.init(params), params)
+    np.testing.assert_allclose(-updates['kernel'], want, rtol=1e-3)
 
 
 def test_structure_round_trips_lists_of_more_than_ten_modules():

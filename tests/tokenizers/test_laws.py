@@ -13,10 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from smalti.tokenizers import tokenizer as jitted
 from smalti.tokenizers.autoencoder import AutoencoderConfig
+from smalti.tokenizers.latent import LatentConfig
 from smalti.tokenizers.projected import ProjectedConfig
 from smalti.tokenizers.quantizer import Statistics, absorb, combine
 from smalti.tokenizers.scalar import FSQConfig
 from smalti.tokenizers.spec import TokenSpec
+from smalti.tokenizers.styled import StyledTokenizerConfig
 from smalti.tokenizers.vq import VQConfig, normalize
 
 
@@ -38,6 +40,7 @@ QUANTIZERS = {
     'vq_cosine_gradient': Row(
         VQConfig(codes=32, dim=6, cosine=True, update='gradient'), lambda q, z: normalize(z)),
     'fsq': Row(FSQConfig(levels=(8, 5, 3)), lambda q, z: q.bound(z)),
+    'latent': Row(LatentConfig(latents=16, codes=10)),
     'projected_vq': Row(
         ProjectedConfig(quantizer=VQConfig(codes=32, dim=3), dim=6),
         lambda q, z: q.expand(q.reduce(z))),
@@ -53,6 +56,12 @@ def autoencoder(quantizer, **changes):
       **changes})
 
 
+def styled(quantizer):
+  return StyledTokenizerConfig(
+      image_size=(16, 24), channels=3, patch=4, widths=(8, 16), hidden=16, latents=6,
+      quantizer=quantizer)
+
+
 TOKENIZERS = {
     'vq': autoencoder(VQConfig(codes=32, dim=6)),
     'fsq': autoencoder(
@@ -61,6 +70,8 @@ TOKENIZERS = {
         ProjectedConfig(
             quantizer=VQConfig(codes=32, dim=4, cosine=True, update='gradient'), dim=16),
         patch=2, attention=(2,), dtype='bfloat16', dropout=0.1),
+    'qlae': styled(LatentConfig(latents=6, codes=10)),
+    'styled_vq': styled(VQConfig(codes=32, dim=4, update='gradient')),
 }
 
 
