@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
 import smalti
 from smalti.generators.generator import GeneratorConfig
@@ -23,7 +23,10 @@ from smalti.tokenizers.spec import TokenSpec
 
 
 def save(loaded: runs.Loaded, path: pathlib.Path) -> None:
-  """Writes the leaves of a loaded model, `params/...` and `buffers/...`, with its config."""
+  """Writes the leaves of a loaded model, `params/...` and `buffers/...`, with its config.
+
+  One model makes one file, bit for bit.
+  """
   structure = states.Structure.of(loaded.model)
   params, buffers = structure.split(loaded.model)
   leaves = {k: np.asarray(v) for k, v in states.paths(
@@ -34,8 +37,16 @@ def save(loaded: runs.Loaded, path: pathlib.Path) -> None:
       'fingerprint': loaded.fingerprint, 'step': str(loaded.step), 'weights': loaded.weights}
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_suffix('.tmp')
-  save_file(leaves, temporary, metadata)
+  temporary.write_bytes(_ordered(serialize(leaves, metadata)))
   temporary.replace(path)
+
+
+def _ordered(data: bytes) -> bytes:
+  """The same file with its header sorted: safetensors writes another order every time."""
+  start = 8 + int.from_bytes(data[:8], 'little')
+  header = json.dumps(json.loads(data[8:start]), sort_keys=True).encode()
+  header += b' ' * (-len(header) % 8)
+  return len(header).to_bytes(8, 'little') + header + data[start:]
 
 
 def load(path: pathlib.Path) -> runs.Loaded:

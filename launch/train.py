@@ -347,8 +347,8 @@ def _tokenizer(experiment: Experiment, mesh: jax.sharding.Mesh) -> runs.Loaded |
     raise ValueError('A generator needs --config.tokenizer=RUN, the run of a tokenizer.')
   loaded = runs.load(experiment.tokenizer)
   if not hasattr(loaded.model, 'encode'):
-    raise ValueError(f'{experiment.tokenizer} is a {runs.kind(loaded.model)}; name a tokenizer with '
-                     '--config.tokenizer=RUN.')
+    raise ValueError(f'{experiment.tokenizer} is a {runs.kind(loaded.model)}; name a tokenizer '
+                     'with --config.tokenizer=RUN.')
   structure = states.Structure.of(loaded.model)
   leaves = jax.device_put(jax.device_get(structure.split(loaded.model)), meshes.replicated(mesh))
   return dataclasses.replace(loaded, model=structure.merge(*leaves))
