@@ -135,5 +135,5 @@ def ellipse(x: np.ndarray, y: np.ndarray) -> Bool[np.ndarray, '*b']:
 
 def heart(x: np.ndarray, y: np.ndarray) -> Bool[np.ndarray, '*b']:
   """(x^2 + y^2 - 1)^3 <= x^2 y^3, moved and shrunk into the unit circle."""
-  x, y = x / 0.76, y / 0.76 + 0.12
+  x, y = x / 0.748, y / 0.748 + 0.12
   return (x**2 + y**2 - 1)**3 <= x**2 * y**3

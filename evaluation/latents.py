@@ -21,8 +21,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-Sources = Int[np.ndarray, 'n s']
-Latents = Shaped[np.ndarray, 'n z']  # integer codes, or real numbers
+Sources = Shaped[np.ndarray, '_n _s']  # integers, checked below: floats are refused
+Latents = Shaped[np.ndarray, '_m _z']  # integer codes, or real numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class InfoMEC:
     return {
         'infom': number(self.infom), 'infoc': number(self.infoc), 'infoe': number(self.infoe),
         'nmi': np.round(self.nmi, 5).tolist(), 'active': self.active.tolist(),
-        'explicitness': np.round(self.explicitness, 5).tolist(),
+        'explicitness': [number(round(x, 5)) for x in self.explicitness],
         'silent_latents': self.silent[0], 'silent_sources': self.silent[1],
         'samples': self.samples}
 
@@ -109,44 +109,40 @@ def preference(rows: Float[np.ndarray, 'a b'], name: str = 'rows') -> float:
   return float((share.mean() - 1 / b) / (1 - 1 / b))
 
 
-def nmi_codes(sources: Sources, latents: Int[np.ndarray, 'n z'], *,
+def nmi_codes(sources: Sources, latents: Latents, *,
               bias_correction: Literal['miller_madow'] | None = None
               ) -> Float[np.ndarray, 's z']:
   """Plug-in I(s_i; z_j) / H(s_i) of labels.
 
-  'miller_madow' adds (K - 1) / 2N to every entropy, K the values seen (Miller 1955), and clips a
-  negative information to zero.
+  'miller_madow' adds (K - 1) / 2N to every entropy, K the values seen (Miller 1955); an information
+  that is negative then is zero.
   """
   s, z = _labels(sources), _labels(latents)
-  half = 1 / (2 * len(sources)) if bias_correction == 'miller_madow' else 0.0
-
-  def entropy(labels: Int[np.ndarray, 'n']) -> float:
-    count = np.bincount(labels)
-    p = count[count > 0] / len(labels)
-    return float(-(p * np.log(p)).sum() + half * (len(p) - 1))
-
-  of_s, of_z = ([entropy(column) for column in x.T] for x in (s, z))
+  corrected = bias_correction == 'miller_madow'
+  of_s, of_z = ([entropy(column, corrected) for column in x.T] for x in (s, z))
   table = np.empty((s.shape[1], z.shape[1]))
   for i, a in enumerate(s.T):
     for j, b in enumerate(z.T):
-      table[i, j] = max(of_s[i] + of_z[j] - entropy(a * (b.max() + 1) + b), 0) / of_s[i]
-  return np.where(table < 1e-12, 0, table)  # what rounding leaves of zero
+      both = entropy(a * (b.max() + 1) + b, corrected)
+      table[i, j] = (of_s[i] + of_z[j] - both) / of_s[i]
+  return np.where(table < 1e-12, 0, table)  # 1e-12: what rounding leaves of zero
 
 
-def nmi_real(sources: Sources, latents: Float[np.ndarray, 'n z'], *, neighbors: int = 10,
+def nmi_real(sources: Sources, latents: Latents, *, neighbors: int = 10,
              seed: int = 0) -> Float[np.ndarray, 's z']:
   """I(s_i; z_j) / H(s_i) of labels and real numbers by k nearest neighbours (Ross 2014)."""
   from sklearn.feature_selection import mutual_info_classif  # imports for a second; who asks pays
   z = _standardized(latents)
   return np.stack([
       mutual_info_classif(z, s, discrete_features=False, n_neighbors=neighbors, random_state=seed)
-      / nmi_entropy(s) for s in _labels(sources).T])
+      / entropy(s) for s in _labels(sources).T])
 
 
-def nmi_entropy(labels: Int[np.ndarray, 'n']) -> float:
-  """Plug-in entropy in nats."""
-  p = np.bincount(labels) / len(labels)
-  return float(-(p[p > 0] * np.log(p[p > 0])).sum())
+def entropy(labels: Int[np.ndarray, 'n'], corrected: bool = False) -> float:
+  """Plug-in entropy in nats, with Miller and Madow's (K - 1) / 2N if asked for."""
+  count = np.bincount(labels)
+  p = count[count > 0] / len(labels)
+  return float(-(p * np.log(p)).sum()) + corrected * (len(p) - 1) / (2 * len(labels))
 
 
 def explicitness(sources: Sources, latents: Latents) -> Float[np.ndarray, 's']:
