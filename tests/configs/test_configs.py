@@ -95,9 +95,10 @@ def pictures(tmp_path_factory):
 @pytest.mark.parametrize('name', NAMES)
 def test_debug_trains_two_steps(name, tokenizer_run, pictures, tmp_path):
   from smalti.data.digits import DigitsConfig
+  from smalti.data.factors import Shapes3DLikeConfig
   from smalti.data.folder import FolderConfig
   experiment = on_one_device(config(name, 'debug'))
-  if not isinstance(experiment.data, DigitsConfig):
+  if not isinstance(experiment.data, (DigitsConfig, Shapes3DLikeConfig)):
     # the data sets of published configs are not here: the same shapes from a folder
     experiment.data = FolderConfig(path=str(pictures), size=experiment.data.size)
   if isinstance(experiment.model, GeneratorConfig):
