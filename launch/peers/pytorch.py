@@ -1,7 +1,7 @@
 """The peers of `smalti bench`, run by an interpreter that has torch and transformers.
 
 Reads requests and writes answers, one line of JSON each; `launch/timing.py` says which. Nothing of
-ours is imported here, and this is the only file that names torch.
+ours is imported here; torch is named in this folder alone.
 """
 
 import json

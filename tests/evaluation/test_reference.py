@@ -1,4 +1,4 @@
-"""Reference files of four kinds: read alike, marked where they say too little, refused when wrong."""
+"""Reference files of four kinds: read alike, marked where they say too little, refused if wrong."""
 
 import dataclasses
 import tracemalloc
