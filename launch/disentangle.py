@@ -110,26 +110,29 @@ def summary(out: pathlib.Path) -> dict[str, Any]:
                      'active': float(np.mean([sum(c['active']) for c in chosen])),
                      **{name: _spread([c[name] for c in chosen]) for name in MEASURES}})
   best = {}
-  for row in rows:
-    score = lambda r: r['infom']['mean'] + r['infoc']['mean']  # noqa: E731
-    if row['model'] not in best or score(row) > score(best[row['model']]):
-      best[row['model']] = row
+  for row in sorted(rows, key=lambda r: _mean(r, 'infom') + _mean(r, 'infoc')):
+    best[row['model']] = row
   ranks = []
   for name in MEASURES:
-    order = sorted(best.values(), key=lambda r: -r[name]['mean'])
+    order = sorted(best.values(), key=lambda r: _mean(r, name), reverse=True)
     ranks.append({
         'measure': name, 'first': order[0]['model'] if order else None,
         'order': ' > '.join(f'{r["model"]} {r[name]["text"]}' for r in order)})
-  return {'rows': rows, 'best': list(best.values()), 'ranks': ranks,
-          'finished': len(cells), 'cells': len(CELLS)}
+  return {'rows': rows, 'best': [best[model] for model in MODELS if model in best],
+          'ranks': ranks, 'finished': len(cells), 'cells': len(CELLS)}
+
+
+def _mean(row: dict[str, Any], name: str) -> float:
+  value = row[name]['mean']
+  return -math.inf if value is None else value
 
 
 def _spread(values: list[float | None]) -> dict[str, Any]:
   known = [v for v in values if v is not None]
-  mean = float(np.mean(known)) if known else -math.inf
-  deviation = float(np.std(known, ddof=1)) if len(known) > 1 else None
   if not known:
     return {'mean': None, 'deviation': None, 'text': 'undefined'}
+  mean = float(np.mean(known))
+  deviation = float(np.std(known, ddof=1)) if len(known) > 1 else None
   digits = 3 if abs(mean) < 10 else 2
   text = f'{mean:.{digits}f}' + (f' ± {deviation:.{digits}f}' if deviation is not None else '')
   return {'mean': mean, 'deviation': deviation, 'text': text}
