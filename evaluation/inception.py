@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from smalti.evaluation import conversion, resize as resizing, weights
-from smalti.networks.inception import FEATURES, SIDE, Inception
+from smalti.evaluation.features import Given, Outputs
+from smalti.networks.inception import FEATURES, SIDE, SMALLEST, Inception
 
 VARIABLE = 'SMALTI_INCEPTION_WEIGHTS'
 # SHA-256 of the three files; another file may hold the same network, but nothing here says so.
@@ -32,8 +33,6 @@ PUBLISHED = {
     '009d6814d1bc560d4e7b236e170e9b2d5ca6f4b57bd8037f6db05776204415c6':
         'classify_image_graph_def.pb',
 }
-Images = Shaped[np.ndarray, '_b _h _w _c'] | Shaped[Array, '_b _h _w _c']  # uint8, checked below
-
 Convention = Literal['tensorflow', 'torch', 'torchscript']
 
 
@@ -60,10 +59,13 @@ class InceptionExtractor:
   name = 'inception'
   dim = FEATURES
 
-  def __call__(self, images: Images) -> dict[str, Float[np.ndarray, 'b _c']]:
+  def __call__(self, images: Given) -> Outputs:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
       raise ValueError(f'Images of {images.dtype}{list(images.shape)} must be uint8[B, H, W, 3 or '
                        '1]; round floats with networks.pixels.to_uint8.')
+    if self.resize == 'none' and min(images.shape[1:3]) < SMALLEST:
+      raise ValueError(f'Images of {images.shape[1]} x {images.shape[2]} are too small for '
+                       f'Inception unresized; {SMALLEST} pixels a side is the least.')
     if isinstance(images, jax.Array):
       return self._run(images)
     parts = []
@@ -76,7 +78,7 @@ class InceptionExtractor:
       raise ValueError('No images to extract features from; give at least one.')
     return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
-  def _run(self, images: Any) -> dict[str, np.ndarray]:
+  def _run(self, images: Given) -> Outputs:
     if self.resize == 'clean':  # on the host: its kernel is Pillow's
       resized = resizing.clean(np.asarray(images), SIDE)
       images = jax.device_put(resized, getattr(images, 'sharding', None))

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-OPCODES = 1_000_000  # a network has some tens of thousands
+OPCODES = 200_000  # a network has some tens of thousands
 BYTES = 16 << 20  # of one pickle, without the tensors, which are stored beside it
 
 
@@ -61,101 +61,102 @@ def read(data: bytes, start: int, known: Callable[[str], bool]) -> Pickle:
     ValueError: not a pickle, or one with names or opcodes that tensors do not need.
   """
   stream = io.BytesIO(data[start:start + BYTES])
-  stack: list[Any] = []
-  memo: dict[int, Any] = {}
-  references: list[Reference] = []
+  machine = _Machine(known)
   try:
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
       if count >= OPCODES:
         raise ValueError(f'more than {OPCODES} opcodes')
       if opcode.name == 'STOP':
-        return Pickle(stack.pop(), references, start + stream.tell())
-      _step(opcode.name, argument, stack, memo, known)
-      if opcode.name == 'BINPERSID':
-        references.append(stack[-1])
+        return Pickle(machine.pop(), machine.references, start + stream.tell())
+      machine.step(opcode.name, argument)
   except (IndexError, KeyError, TypeError, struct.error) as error:
     raise ValueError(f'its opcodes do not fit together: {error!r}') from error
   raise ValueError('it does not end')
 
 
-_MARK = object()
 _VALUES = {'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'SHORT_BINSTRING', 'BINSTRING',
            'BINUNICODE', 'SHORT_BINUNICODE'}
 _CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
 _TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
 
 
-def _step(name: str, argument: Any, stack: list, memo: dict, known: Callable[[str], bool]) -> None:
-  if name in _VALUES:
-    stack.append(argument)
-  elif name in _CONSTANTS:
-    stack.append(_CONSTANTS[name])
-  elif name in ('PROTO', 'FRAME'):
-    pass
-  elif name == 'MARK':
-    stack.append(_MARK)
-  elif name == 'EMPTY_LIST':
-    stack.append([])
-  elif name == 'EMPTY_DICT':
-    stack.append({})
-  elif name in _TUPLES:
-    size = _TUPLES[name]
-    stack[-size:] = [tuple(stack[-size:])]
-  elif name == 'TUPLE':
-    stack.append(tuple(_marked(stack)))
-  elif name == 'APPEND':
-    value = stack.pop()
-    _list(stack[-1]).append(value)
-  elif name == 'APPENDS':
-    values = _marked(stack)
-    _list(stack[-1]).extend(values)
-  elif name in ('SETITEM', 'SETITEMS'):
-    pairs = _marked(stack) if name == 'SETITEMS' else [stack.pop(-2), stack.pop()]
-    _set_items(stack[-1], pairs)
-  elif name in ('BINPUT', 'LONG_BINPUT'):
-    memo[argument] = stack[-1]
-  elif name == 'MEMOIZE':
-    memo[len(memo)] = stack[-1]
-  elif name in ('BINGET', 'LONG_BINGET'):
-    stack.append(memo[argument])
-  elif name in ('GLOBAL', 'STACK_GLOBAL'):
-    if name == 'STACK_GLOBAL':
-      argument = f'{stack.pop(-2)} {stack.pop()}'
-    stack.append(_name(argument.replace(' ', '.'), known))
-  elif name in ('REDUCE', 'NEWOBJ'):
-    arguments, function = stack.pop(), stack.pop()
-    if not isinstance(function, Name) or not isinstance(arguments, tuple):
-      raise ValueError('it calls what is not a name')
-    stack.append(Call(function, arguments))
-  elif name == 'BUILD':
-    state = stack.pop()
-    if not isinstance(stack[-1], Call):
-      raise ValueError('it gives a state to what was not called')
-    stack[-1].state = state
-  elif name == 'BINPERSID':
-    stack.append(Reference(stack.pop()))
-  else:
-    raise ValueError(f'opcode {name}, which tensors do not need')
+class _Machine:
+  """The stack machine of pickles, for the opcodes that plain data and tensors need."""
 
+  def __init__(self, known: Callable[[str], bool]):
+    self.known = known
+    self.stack: list[Any] = []
+    self.marks: list[int] = []  # heights of the stack
+    self.memo: dict[int, Any] = {}
+    self.references: list[Reference] = []
 
-def _name(name: str, known: Callable[[str], bool]) -> Name:
-  if not known(name):
-    raise ValueError(f'it names {name[:80]!r}, which is no part of a tensor')
-  return Name(name)
+  def step(self, name: str, argument: Any) -> None:
+    stack = self.stack
+    if name in _VALUES:
+      stack.append(argument)
+    elif name in _CONSTANTS:
+      stack.append(_CONSTANTS[name])
+    elif name in ('PROTO', 'FRAME'):
+      pass
+    elif name == 'MARK':
+      self.marks.append(len(stack))
+    elif name == 'EMPTY_LIST':
+      stack.append([])
+    elif name == 'EMPTY_DICT':
+      stack.append({})
+    elif name in _TUPLES:
+      stack.append(tuple(self.pop_all(_TUPLES[name])))
+    elif name == 'TUPLE':
+      stack.append(tuple(self.pop_marked()))
+    elif name in ('APPEND', 'APPENDS'):
+      values = self.pop_marked() if name == 'APPENDS' else self.pop_all(1)
+      if not isinstance(stack[-1], list):
+        raise ValueError('it appends to what is not a list')
+      stack[-1].extend(values)
+    elif name in ('SETITEM', 'SETITEMS'):
+      pairs = self.pop_marked() if name == 'SETITEMS' else self.pop_all(2)
+      _set_items(stack[-1], pairs)
+    elif name in ('BINPUT', 'LONG_BINPUT'):
+      self.memo[argument] = stack[-1]
+    elif name == 'MEMOIZE':
+      self.memo[len(self.memo)] = stack[-1]
+    elif name in ('BINGET', 'LONG_BINGET'):
+      stack.append(self.memo[argument])
+    elif name == 'GLOBAL':
+      stack.append(self.name(argument.replace(' ', '.')))
+    elif name == 'STACK_GLOBAL':
+      stack.append(self.name('.'.join(self.pop_all(2))))
+    elif name in ('REDUCE', 'NEWOBJ'):
+      function, arguments = self.pop_all(2)
+      if not isinstance(function, Name) or not isinstance(arguments, tuple):
+        raise ValueError('it calls what is not a name')
+      stack.append(Call(function, arguments))
+    elif name == 'BUILD':
+      state = self.pop()
+      if not isinstance(stack[-1], Call):
+        raise ValueError('it gives a state to what was not called')
+      stack[-1].state = state
+    elif name == 'BINPERSID':
+      stack.append(Reference(self.pop()))
+      self.references.append(stack[-1])
+    else:
+      raise ValueError(f'opcode {name}, which tensors do not need')
 
+  def name(self, name: str) -> Name:
+    if not self.known(name):
+      raise ValueError(f'it names {name[:80]!r}, which is no part of a tensor')
+    return Name(name)
 
-def _marked(stack: list) -> list:
-  """Takes what lies above the last mark, and the mark."""
-  at = len(stack) - 1 - stack[::-1].index(_MARK)
-  values = stack[at + 1:]
-  del stack[at:]
-  return values
+  def pop(self) -> Any:
+    return self.stack.pop()
 
+  def pop_all(self, count: int) -> list:
+    values = [self.stack.pop() for _ in range(count)]
+    return values[::-1]
 
-def _list(value: Any) -> list:
-  if not isinstance(value, list):
-    raise ValueError('it appends to what is not a list')
-  return value
+  def pop_marked(self) -> list:
+    """Takes what lies above the last mark, and the mark."""
+    return self.pop_all(len(self.stack) - self.marks.pop())
 
 
 def _set_items(target: Any, pairs: list) -> None:

@@ -25,9 +25,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
 from smalti.evaluation import graphdef, pickles
+from smalti.evaluation.archive import Archive
 
 LIMIT = 1 << 30  # bytes of a file, and of what it unpacks to; VGG16 with its classifier has half
-ENTRIES, NAME = 100_000, 1000  # of a state dict, and characters of a name
+ENTRIES, NAME = 20_000, 1000  # of a state dict, and characters of a name
 
 
 Tensors = Mapping[str, np.ndarray]
@@ -59,17 +60,18 @@ def read(path: str | os.PathLike) -> WeightFile:
     raise WeightFileError(f'{path} has {size} bytes; weights of more than {LIMIT} are not read.')
   data = path.read_bytes()
   try:
-    tensors = _format(data)(data)
+    tensors = _format(data)(path, data)
   except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError,
           EOFError, RuntimeError, OSError, zipfile.BadZipFile, SafetensorError) as error:
-    reason = ' '.join(str(error).split())[:200]
-    raise WeightFileError(f'{path} holds no weights that can be read: {reason}.') from error
+    reason = ' '.join(str(error).split())[:200] or type(error).__name__
+    raise WeightFileError(f'{path} holds no weights that can be read: {reason}; get the file '
+                          'again, or one of another kind.') from error
   if not tensors:
     raise WeightFileError(f'{path} holds no tensors; name a file with the weights themselves.')
   return WeightFile(path, hashlib.sha256(data).hexdigest(), tensors)
 
 
-def _format(data: bytes) -> Callable[[bytes], dict[str, np.ndarray]]:
+def _format(data: bytes) -> Callable[[Path, bytes], dict[str, np.ndarray]]:
   if data.startswith(b'PK\x03\x04'):
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
       names = archive.namelist()
@@ -77,17 +79,17 @@ def _format(data: bytes) -> Callable[[bytes], dict[str, np.ndarray]]:
   if data.startswith(b'\x80'):
     return _torch_legacy
   if data[8:9] == b'{' and int.from_bytes(data[:8], 'little') <= len(data) - 8:
-    return load_safetensors
+    return lambda path, data: load_safetensors(data)
   if data.startswith(b'\n'):  # field 1 of a GraphDef
-    return graphdef.constants
+    return lambda path, data: graphdef.constants(data)
   raise ValueError('neither safetensors, npz, PyTorch nor a frozen TensorFlow graph')
 
 
-def _npz(data: bytes) -> dict[str, np.ndarray]:
-  with zipfile.ZipFile(io.BytesIO(data)) as archive:
-    _check_total(sum(member.file_size for member in archive.infolist()))
-  with np.load(io.BytesIO(data), allow_pickle=False) as file:
-    return {name: file[name] for name in file.files}
+def _npz(path: Path, data: bytes) -> dict[str, np.ndarray]:
+  del data
+  with Archive(path, 'weights', 'get the file again') as archive:
+    _check_total(sum(archive.header(name).bytes for name in archive.names))
+    return {name: archive.read(name) for name in archive.names}
 
 
 def _check_total(size: int) -> None:
@@ -122,7 +124,7 @@ class _View:
   strides: tuple[int, ...]
 
 
-def _torch_zip(data: bytes) -> dict[str, np.ndarray]:
+def _torch_zip(path: Path, data: bytes) -> dict[str, np.ndarray]:
   with zipfile.ZipFile(io.BytesIO(data)) as archive:
     members = {member.filename: member for member in archive.infolist()}
     roots = [name.removesuffix('data.pkl') for name in members
@@ -145,7 +147,7 @@ def _torch_zip(data: bytes) -> dict[str, np.ndarray]:
   return _arrays(views, storages)
 
 
-def _torch_legacy(data: bytes) -> dict[str, np.ndarray]:
+def _torch_legacy(path: Path, data: bytes) -> dict[str, np.ndarray]:
   """Five pickles (magic, version, system, object, keys), then size and content of each storage."""
   at, values = 0, []
   for _ in range(5):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from smalti.networks.layers import Linear
 
-SIDE = 299  # pixels that the metrics feed; any side from 75 on runs
+SIDE, SMALLEST = 299, 75  # pixels that the metrics feed, and that leave one pixel at the end
 FEATURES, CLASSES = 2048, 1008
 SPATIAL = 7  # channels of the spatial tap; 17 * 17 * 7 = 2023 values at 299 pixels
 
