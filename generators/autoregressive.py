@@ -104,6 +104,23 @@ class Autoregressive(Generator):
     logits = self._logits(tokens, self._label(batch, tokens.shape[0]), None)
     return -jnp.sum(self._valid(tokens) * _nll(logits, tokens), -1)
 
+  def hidden(self, tokens: Int[Array, 'b n d'], *, blocks: tuple[int, ...],
+             keys: Array | None = None, noise: float = 0.0) -> list[Float[Array, 'b m c']]:
+    """What the numbered blocks (1 the first) hold in the slot that predicts each code, for probes.
+
+    A slot has read the codes before its own, so that none reads the last one; the label is never
+    told.
+
+    Raises:
+      ValueError: `noise` other than 0: nothing can be hidden here.
+    """
+    del keys  # nothing is drawn
+    if noise:
+      raise ValueError(f'{noise=} hides codes, which this model cannot; leave it at 0.')
+    codes = self.spec.to('flat', tokens)[..., 0]
+    x = self._inputs(codes[:, :-1], self._label({}, len(codes)))
+    return self.transformer.hidden(x, blocks=blocks, positions=self._positions(), causal=True)
+
   def sample(self, condition, *, keys, settings, known=None, known_mask=None) -> Sample:
     """Code by code, in row-major order, with cached keys and values.
 

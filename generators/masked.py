@@ -132,6 +132,30 @@ class Masked(Generator):
              labels: Int[Array, 'b'] | None, *, key: Array | None = None, train: bool = False
              ) -> Float[Array, 'b n v']:
     """The scores of every code at every position; tokens at masked positions are not read."""
+    x, where = self._inputs(tokens, masked, labels)
+    y = self.transformer(x, **where, key=key, train=train)
+    return self.head(y[:, -self.flat.length:])
+
+  def hidden(self, tokens: Int[Array, 'b n d'], *, blocks: tuple[int, ...], keys: Array,
+             noise: float | Array = 0.0) -> list[Float[Array, 'b m c']]:
+    """What the numbered blocks (1 the first) hold of every code, for probes of representations.
+
+    Args:
+      noise: the share of codes that is hidden, rounded to a number of codes; which ones is drawn
+        from an example's own key. The label is never told.
+    """
+    flat = jnp.asarray(tokens, jnp.int32).reshape(len(tokens), self.flat.length)
+    order = jax.vmap(lambda key: jax.random.uniform(key, (self.flat.length,)))(keys)
+    rank = jnp.argsort(jnp.argsort(order, -1), -1)
+    masked = rank < jnp.rint(noise * self.flat.length)
+    labels = None if self.label is None else jnp.full(len(flat), self.classes)
+    x, where = self._inputs(flat, masked, labels)
+    states = self.transformer.hidden(x, blocks=blocks, **where)
+    return [y[:, -self.flat.length:] for y in states]
+
+  def _inputs(self, tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n'],
+              labels: Int[Array, 'b'] | None) -> tuple[Float[Array, 'b m c'], dict[str, Any]]:
+    """What the transformer is given: vectors, their positions, and the label where it modulates."""
     x = self.token(jnp.where(masked, self.flat.vocab[0], tokens))
     x = x + self.place(jnp.arange(self.flat.length))
     positions = np.arange(self.flat.length)[:, None]
@@ -145,9 +169,7 @@ class Masked(Generator):
       else:  # a prefix at coordinate 0, which does not rotate
         x = jnp.concatenate([label[:, None], x], 1)
         positions = np.concatenate([np.zeros_like(positions[:1]), positions])
-    y = self.transformer(x, positions=jnp.asarray(positions), modulation=modulation, key=key,
-                         train=train)
-    return self.head(y[:, -self.flat.length:])
+    return x, {'positions': jnp.asarray(positions), 'modulation': modulation}
 
   def allowed(self, tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n']
               ) -> Bool[Array, 'b n v']:

@@ -162,6 +162,23 @@ class Transformer(nnx.Module):
     x, _ = jax.lax.scan(body, x, (params, jnp.arange(self.layers)))
     return self._last(x, modulation)
 
+  def hidden(self, x: Float[Array, 'b n c'], *, blocks: tuple[int, ...],
+             positions: Int[Array, '... n a'] | Rotations | None = None, causal: bool = False,
+             modulation: Float[Array, 'b c'] | None = None) -> list[Float[Array, 'b n c']]:
+    """The residual stream after the numbered blocks, 1 the first; no later ones are computed.
+
+    Raises:
+      ValueError: no block, or one that is not there.
+    """
+    if not blocks or not all(1 <= i <= self.layers for i in blocks):
+      raise ValueError(f'{blocks=} must be some of 1..{self.layers}.')
+    self._check_modulation(modulation)
+    table, x, states = self.rotations(positions), constrain(x.astype(self.dtype), 'b n c'), {}
+    for i, block in enumerate(self.unstack()[:max(blocks)], 1):
+      x, _ = block(x, modulation=modulation, table=table, causal=causal, mask=None)
+      states[i] = x
+    return [states[i] for i in blocks]
+
   def cache(self, batch: int, length: int) -> Cache:
     """Empty keys and values of every layer, for `length` positions."""
     # XLA on CPU would convert a bfloat16 cache to float32, as a whole, for every token

@@ -337,3 +337,18 @@ def test_it_learns_the_two_token_table(key):
 def test_what_cannot_work_is_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_hidden_states_lead_to_the_logits_and_are_causal():
+  model = build(DEEP, classes=3)
+  tokens = jax.random.randint(jax.random.key(2), (4, 3, 2), 0, 3)
+  hidden = jax.jit(lambda tokens: model.hidden(tokens, blocks=(1, 2)))
+  states = hidden(tokens)
+  expected = model._logits(tokens.reshape(4, 6), jnp.full(4, 3), None)  # the label is not told
+  np.testing.assert_allclose(model.head(model.transformer.norm(states[1])), expected, atol=1e-4)
+  changed = hidden(tokens.at[:, 1, 0].add(1) % 3)
+  for before, after in zip(states, changed):
+    np.testing.assert_allclose(before[:, :3], after[:, :3], atol=1e-5)
+    assert np.abs(before[:, 3] - after[:, 3]).max() > 1e-3
+  with pytest.raises(ValueError, match='cannot'):
+    model.hidden(tokens, blocks=(1,), noise=0.5)

@@ -654,3 +654,33 @@ def test_training_reaches_the_entropy(objective):
   if objective == 'elbo':
     counts = frequencies(model, MaskedSettings(sampler='first_hitting'))
     np.testing.assert_allclose(counts / counts.sum(), P.reshape(-1), atol=.03)
+
+
+@pytest.mark.parametrize('modulated', [False, True])
+def test_hidden_states_lead_to_the_logits(modulated):
+  spec = TokenSpec(grid=(2, 3), vocab=(5, 5))
+  model = config(classes=3, transformer=dict(layers=2, modulated=modulated)).build(
+      spec, rngs=nnx.Rngs(0))
+  model.head.kernel[...] = jax.random.normal(jax.random.key(1), model.head.kernel.shape)
+  tokens = jax.random.randint(jax.random.key(2), (4, 6, 2), 0, 5)
+  keys, null = example_keys(0, jnp.arange(4)), jnp.full(4, model.classes)
+
+  @jax.jit
+  def probed(tokens, keys, noise):
+    states = model.hidden(tokens, blocks=(1, 2), keys=keys, noise=noise)
+    vector = model.label(jnp.full(len(tokens), model.classes)) if modulated else None
+    return states, model.head(model.transformer._last(states[1], vector))
+
+  @jax.jit
+  def expected(masked):  # the label is not told
+    return model.logits(tokens.reshape(4, 12), masked, null)
+
+  chosen = jax.vmap(lambda key: jax.random.uniform(key, (12,)))(keys).argsort(-1).argsort(-1)
+  assert len({tuple(row) for row in np.asarray(chosen)}) == 4  # others for every example
+  for noise, count in ((0.0, 0), (0.5, 6), (1.0, 12)):
+    states, logits = probed(tokens, keys, noise)
+    assert [state.shape for state in states] == [(4, 12, 16)] * 2
+    np.testing.assert_allclose(logits, expected(chosen < count), atol=1e-5)
+  # what is hidden depends on the example's key, not on its batch
+  backwards, _ = probed(tokens[::-1], keys[::-1], 0.5)
+  np.testing.assert_allclose(backwards[1][::-1], probed(tokens, keys, 0.5)[0][1], atol=1e-5)

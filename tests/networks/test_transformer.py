@@ -262,3 +262,18 @@ def test_wrong_inputs_are_named():
     model(jnp.ones((1, 2, 32)), positions=jnp.zeros((2, 3), int))
   with pytest.raises(ValueError, match='modulated=False'):
     model(jnp.ones((1, 2, 32)), positions=jnp.zeros((2, 1), int), modulation=jnp.ones((1, 32)))
+
+
+@pytest.mark.parametrize('modulated', [False, True])
+def test_hidden_states_are_the_stream_between_the_blocks(modulated):
+  model = build(modulated=modulated)
+  x, places, vector = inputs(model)
+  states = model.hidden(x, blocks=(3, 1), positions=places, causal=True, modulation=vector)
+  np.testing.assert_allclose(model._last(states[0], vector),
+                             forward(model, x, places, vector, causal=True), atol=1e-5)
+  first, _ = model.unstack()[0](x, modulation=vector, table=model.rotations(places), causal=True,
+                                mask=None)
+  np.testing.assert_allclose(states[1], first, atol=1e-5)
+  for blocks in ((), (0,), (4,)):
+    with pytest.raises(ValueError, match='some of 1..3'):
+      model.hidden(x, blocks=blocks, positions=places)
