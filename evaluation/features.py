@@ -44,10 +44,17 @@ class Extractor(Protocol):
     dim: length of a row of 'features'.
     resize: how images reach the size it works at; 'none' is at their own.
   """
-  name: str
-  sha256: str
-  dim: int
-  resize: str
+  @property
+  def name(self) -> str: ...
+
+  @property
+  def sha256(self) -> str: ...
+
+  @property
+  def dim(self) -> int: ...
+
+  @property
+  def resize(self) -> str: ...
 
   def __call__(self, images: Given) -> Outputs: ...
 
@@ -129,6 +136,11 @@ class Principal:
     height, width = _shrunk(self.shape)
     return 'none' if (height, width) == self.shape[:2] else f'box_{height}x{width}'
 
+  def random(self, seed: int = 0) -> 'Principal':
+    """The control: as many random orthonormal directions, which know nothing of the images."""
+    directions, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=self.components.shape))
+    return RandomDirections(self.shape, self.mean, _rounded(directions))
+
   @functools.cached_property
   def sha256(self) -> str:
     return _digest({'extractor': 'principal', 'shape': list(self.shape)},
@@ -140,6 +152,14 @@ class Principal:
     small = shrink(images)
     return _outputs(
         (_flatten(small, small.shape[1:]) - self.mean) @ self.components.astype(np.float64))
+
+
+class RandomDirections(Principal):
+  """The control of principal components: random directions."""
+
+  @property
+  def name(self) -> str:
+    return f'pca{self.dim}_untrained'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,6 +202,13 @@ class Classifier:
   @functools.cached_property
   def sha256(self) -> str:
     return _digest({'extractor': 'classifier', 'shape': list(self.shape)}, self.weights, self.bias)
+
+  def random(self, seed: int = 0) -> 'Classifier':
+    """The untrained twin, a control: the same layer with random weights."""
+    random = np.random.default_rng(seed)
+    fan_in = len(self.weights)
+    return Classifier(f'{self.name}_untrained', self.shape, _rounded(
+        random.normal(0, fan_in ** -0.5, self.weights.shape)), _rounded(0 * self.bias), 0.0)
 
   def __call__(self, images: Given) -> Outputs:
     x = _flatten(np.asarray(images), self.shape)

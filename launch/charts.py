@@ -29,7 +29,8 @@ class Line:
   held_out: bool = False
 
 
-def chart(title: str, lines: Sequence[Line], identity: str, *, linear: bool = False) -> str:
+def chart(title: str, lines: Sequence[Line], identity: str, *, linear: bool = False,
+          across: str = 'step', dots: bool = False) -> str:
   """A figure of HTML: title, legend with the last values, and the drawing.
 
   The vertical axis is logarithmic where all values are positive and span a factor of 30, unless
@@ -37,16 +38,18 @@ def chart(title: str, lines: Sequence[Line], identity: str, *, linear: bool = Fa
 
   Args:
     identity: unique within the page; element ids begin with it.
+    across: what the horizontal axis is; written below it unless it is 'step'.
+    dots: points that no line joins, without last values in the legend.
   """
   if len(lines) > LINES:
     chosen = np.linspace(0, len(lines) - 1, LINES).round().astype(int)
     title, lines = f'{title} ({LINES} of {len(lines)})', [lines[i] for i in chosen]
   legend = ''.join(
       f'<li><i class="swatch{" dotted" if line.held_out else ""}" style="--c:var(--line{i})"></i>'
-      f'{html.escape(line.name)} <b>{number(line.values[-1])}</b></li>'
+      f'{html.escape(line.name)}{"" if dots else f" <b>{number(line.values[-1])}</b>"}</li>'
       for i, line in enumerate(lines))
   return (f'<figure class="chart"><figcaption><h4>{html.escape(title)}</h4><ul>{legend}</ul>'
-          f'</figcaption>{_svg(title, lines, identity, linear)}</figure>')
+          f'</figcaption>{_svg(title, lines, identity, linear, across, dots)}</figure>')
 
 
 def number(value: float) -> str:
@@ -60,7 +63,8 @@ def number(value: float) -> str:
   return f'{value:.4g}'
 
 
-def _svg(title: str, lines: Sequence[Line], identity: str, linear: bool) -> str:
+def _svg(title: str, lines: Sequence[Line], identity: str, linear: bool, across: str,
+         dots: bool) -> str:
   import matplotlib  # half a second, for this verb alone
   from matplotlib.figure import Figure
   from matplotlib.ticker import EngFormatter, LogFormatterSciNotation, MaxNLocator, NullFormatter
@@ -73,18 +77,19 @@ def _svg(title: str, lines: Sequence[Line], identity: str, linear: bool) -> str:
   with matplotlib.rc_context(style):
     figure = Figure(figsize=(4.0, 2.2))
     figure.patch.set_alpha(0)
-    axes = figure.add_axes((0.13, 0.13, 0.85, 0.83))
+    below = 0.13 if across == 'step' else 0.2
+    axes = figure.add_axes((0.13, below, 0.85, 0.96 - below))
     axes.patch.set_alpha(0)
     axes.grid(axis='y', linewidth=0.6)
     axes.tick_params(length=0, pad=4)
     values = np.concatenate([line.values for line in lines])
     for i, line in enumerate(lines):
       steps, smooth = thin(line.steps, line.values)
-      few = line.held_out or len(steps) == 1
+      few = line.held_out or len(steps) == 1 or across != 'step'
       axes.plot(steps, smooth, color=_colour(i), linewidth=1.6, solid_capstyle='round',
-                linestyle=(0, (1, 1.6)) if line.held_out else '-',
-                marker='o' if few and len(steps) <= 60 else None, markersize=3.2)
-    axes.margins(x=0.01, y=0.08)
+                linestyle='none' if dots else (0, (1, 1.6)) if line.held_out else '-',
+                marker='o' if dots or few and len(steps) <= 60 else None, markersize=3.2)
+    axes.margins(x=0.05 if dots else 0.01, y=0.08)
     low, high = values.min(), values.max()
     if high - low <= 1e-9 * abs(high):  # a constant, in the middle of an honest range
       axes.set_ylim(*sorted((0, 2 * high)) if high else (0, 1))
@@ -96,13 +101,15 @@ def _svg(title: str, lines: Sequence[Line], identity: str, linear: bool) -> str:
       axes.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3))
       if high >= 1000:
         axes.yaxis.set_major_formatter(EngFormatter(sep=''))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=across == 'step'))
+    if across != 'step':
+      axes.set_xlabel(across)
     if max(line.steps[-1] for line in lines) >= 10_000:
       axes.xaxis.set_major_formatter(EngFormatter(sep=''))
     buffer = io.StringIO()
     nothing = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
     figure.savefig(buffer, format='svg', metadata=nothing)
-  return _themed(buffer.getvalue(), title, identity)
+  return _themed(buffer.getvalue(), f'{title} by {across}', identity)
 
 
 def _themed(svg: str, title: str, identity: str) -> str:
@@ -117,7 +124,7 @@ def _themed(svg: str, title: str, identity: str) -> str:
   svg = svg.replace(INK, 'currentColor').replace(RULE, 'var(--rule)')
   for i in range(LINES):
     svg = svg.replace(_colour(i), f'var(--line{i})')
-  return svg.replace('<svg', f'<svg role="img" aria-label="{html.escape(title)} by step"', 1)
+  return svg.replace('<svg', f'<svg role="img" aria-label="{html.escape(title)}"', 1)
 
 
 def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

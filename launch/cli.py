@@ -20,7 +20,7 @@ import signal
 import sys
 import sysconfig
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, cast
 
 from absl import flags
@@ -36,6 +36,7 @@ VERBS = {
     'data': 'what is in a folder of images: counts, refusals, duplicates, split',
     'tokenize': 'a data set to sharded token files',
     'evaluate': 'score a run, or a file of samples, with all that repeats the score',
+    'sweep': 'score a grid of settings and checkpoints, in cells that survive a kill',
     'report': 'a run as one page of HTML that opens from disk',
     'export': 'the averaged weights of a run as one file',
     'bench': 'time our parts, peers beside them where installed',
@@ -60,8 +61,18 @@ config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command and returns its exit code; mistakes of the user are one line on stderr."""
   argv = list(sys.argv[1:] if argv is None else argv)
+  return _guarded(lambda: _main(argv))
+
+
+def run(verb: str, argv: Sequence[str] | None = None) -> None:
+  """What `python -m smalti.launch.VERB` does: the verb, then exit with its code."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  sys.exit(_guarded(lambda: _verb(verb, argv)))
+
+
+def _guarded(command: Callable[[], int]) -> int:
   try:
-    return _main(argv)
+    return command()
   except (exits.NonFinite, exits.Preempted) as error:
     _complain(error)
     return exits.NON_FINITE if isinstance(error, exits.NonFinite) else exits.PREEMPTED
@@ -75,11 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exits.USER_ERROR
 
 
-def run(verb: str, argv: Sequence[str] | None = None) -> None:
-  """What `python -m smalti.launch.VERB` does: `main`, then exit with its code."""
-  sys.exit(main([verb, *(sys.argv[1:] if argv is None else argv)]))
-
-
 def _main(argv: list[str]) -> int:
   if not argv or argv[0] in (*_HELP, 'help'):
     print(help.verbs(VERBS))
@@ -90,6 +96,11 @@ def _main(argv: list[str]) -> int:
   verb, *arguments = argv
   if verb not in VERBS:
     raise ValueError(f'unknown verb {verb!r}; {serialization.suggest(verb, VERBS)}')
+  return _verb(verb, arguments)
+
+
+def _verb(verb: str, arguments: list[str]) -> int:
+  """One module of launch/ with `define` and `main`; not all of them are among `VERBS`."""
   module = importlib.import_module(f'smalti.launch.{verb}')
   values = flags.FlagValues()
   values.set_gnu_getopt(True)  # flags may follow the choice of `define_choice`

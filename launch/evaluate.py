@@ -1,13 +1,16 @@
 """Scores a run: `smalti evaluate --workdir=RUN [--n=1000 --settings.guidance=2]`.
 
 A tokenizer is scored on held-out reconstructions and code use; a generator on held-out likelihood
-beside the unigram's, and on samples: Frechet distance, class agreement, copies. Writes
-`scores.json` (`scores_NAME.json` with --name), every number with all that repeats it. With
---samples=FILE.npz, it scores uint8 images from anywhere against the data of a config.
+beside the unigram's, and on samples: distances of features beside their floor and an untrained
+network's, class agreement, copies. Writes `scores.json` (`scores_NAME.json` with --name), every
+number with all that repeats it; `--repeat=scores.json` asks again and prints both. With
+--samples=FILE.npz or a folder of PNGs it scores uint8 images from anywhere, against the data of a
+config (--data) or a file of statistics (--reference).
 """
 
 import dataclasses
 import hashlib
+import itertools
 import pathlib
 from typing import Any
 
@@ -15,17 +18,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smalti.evaluation import agreement, codes, features, frechet, memorization, reconstruction
-from smalti.evaluation.manifest import Score, versions, write_scores
+from smalti.evaluation import agreement, codes, features, memorization, reconstruction
+from smalti.evaluation.frechet import frechet_distance
+from smalti.evaluation.manifest import Score, read_file, write_scores
 from smalti.launch import cli, run as runs, state as states
-from smalti.launch.progress import say
+from smalti.launch.gallery import open_gallery
+from smalti.launch.judge import (
+    BATCH,
+    Accumulation,
+    Judge,
+    accumulate,
+    judge_of_file,
+    open_judge,
+    references,
+)
+from smalti.launch.progress import say, track
 from smalti.launch.reconstruct import reconstruct
-from smalti.launch.sample import Samples, draw, resolve_settings
-from smalti.launch.serialization import to_json
+from smalti.launch.sample import Sampler, Samples, in_turn, resolve_settings
+from smalti.launch.scores import Scores
 from smalti.networks.pixels import to_float
 from smalti.tokenizers.tokenizer import encode
 
-LARGEST = 20_000  # real images read for references and judges
+LARGEST = 20_000  # real images read for baselines and judges
+KEPT = 2_000  # samples whose images are kept for distances to the training images
+SMALL = 4096  # values of an image that a support vector machine judges
 
 
 @dataclasses.dataclass
@@ -48,30 +64,6 @@ class Split:
     return hashlib.sha256(np.ascontiguousarray(self.images)).hexdigest()[:16]
 
 
-class Scores:
-  """Collects scores that share a model, weights, settings and seeds."""
-
-  def __init__(self, loaded: runs.Loaded | None, name: str, settings: Any, seeds: tuple[int, ...]):
-    self.common: dict[str, Any] = dict(
-        model=name if loaded is None else f'{loaded.fingerprint} {loaded.path.name}@{loaded.step}',
-        weights='none' if loaded is None else loaded.weights,
-        settings={} if settings is None else to_json(settings), seeds=seeds,
-        versions=versions('jax', 'flax', 'scikit-learn'))
-    self.rows: list[Score] = []
-
-  def add(self, name: str, value: float, *, samples: int, unit: str = '',
-          higher: bool | None = None, extractor: Any = None, reference: str | None = None,
-          reference_samples: int | None = None, **beside: Any) -> None:
-    self.rows.append(Score(
-        name=name, value=value, unit=unit, higher_is_better=higher, samples=samples,
-        extractor=extractor and extractor.name, sha256=extractor and extractor.sha256,
-        resize=extractor and extractor.resize, uint8='round', reference=reference,
-        reference_samples=reference_samples, beside=beside, **self.common))
-    shown = '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
-                      for k, v in beside.items())
-    say(f'{name} {value:.4f} {unit}  {f"({shown})" if shown else ""}')
-
-
 def evaluate_tokenizer(loaded: runs.Loaded, scores: Scores, held_out: Split) -> None:
   """PSNR, SSIM and code use over all held-out examples."""
   for keep in loaded.spec.budgets or (None,):
@@ -91,6 +83,27 @@ def evaluate_tokenizer(loaded: runs.Loaded, scores: Scores, held_out: Split) -> 
                tokens=use.tokens, dead=use.dead, vocab=use.vocab)
     scores.add(f'perplexity{suffix}', use.perplexity, higher=True, samples=len(tokens),
                tokens=use.tokens, vocab=use.vocab)
+
+
+def evaluate_reconstructions(loaded: runs.Loaded, scores: Scores, judge: Judge,
+                             data: Any) -> None:
+  """Frechet distance of held-out images and their reconstructions (rFD), per budget."""
+  source = data.open('eval')
+  n = judge.held_out[0].n
+  extractor = judge.extractor
+  for keep in loaded.spec.budgets or (None,):
+    def batches(keep=keep):
+      for first in range(0, n, BATCH):
+        rows = source.read(np.arange(first, min(first + BATCH, n)))['image']
+        yield reconstruct(loaded, rows, keep=keep, batch_size=BATCH)[0]
+
+    found = accumulate(judge, batches(), n, loaded.fingerprint).finish()
+    values = [frechet_distance(x.moments, real.moments)
+              for x, real in zip(found, judge.held_out)]
+    suffix = '' if keep is None else f'_keep{keep}'
+    scores.add(f'rfd_{extractor.name}_{extractor.sha256[:8]}{suffix}', values[0], higher=False,
+               samples=n, extractor=extractor, reference=judge.held_out[0].source,
+               reference_samples=n, untrained=values[1])
 
 
 def tokenize(tokenizer: runs.Loaded, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
@@ -141,29 +154,15 @@ def evaluate_generator(loaded: runs.Loaded, tokenizer: runs.Loaded, scores: Scor
 
 def evaluate_samples(scores: Scores, images: np.ndarray, labels: np.ndarray | None, train: Split,
                      held_out: Split) -> None:
-  """Frechet distance with a named extractor, distance to the training data, class agreement."""
-  if images.shape[1:] != train.images.shape[1:]:
-    raise ValueError(f'The samples are {images.shape[1:]}, and the data {train.images.shape[1:]}; '
-                     'name data of the same size with --data=CONFIG.')
+  """Distance to the training images, and class agreement by a judge fitted here."""
   judged = train.labels is not None and len(np.unique(train.labels)) > 1
-  small = images[0].size <= 4096
-  extractor: Any = (features.Classifier.fit('mlp64', (train.images, train.labels),
-                                       (held_out.images, held_out.labels))
-               if judged and small else features.Principal.fit(
-                   train.images, min(64, len(train.images) - 1, images[0].size)))
-  moments = [features.moments(extractor, x) for x in (images, train.images, held_out.images)]
-  scores.add(features.score_name(extractor), frechet.frechet_distance(moments[0], moments[1]),
-             higher=False, samples=len(images), extractor=extractor, reference=train.fingerprint,
-             reference_samples=len(train.images),
-             floor_held_out=float(frechet.frechet_distance(moments[2], moments[1])),
-             floor_samples=len(held_out.images))
   near = memorization.nearest(
       *(features.shrink(x) for x in (images, train.images, held_out.images)))
   if np.isfinite(near.ratio):  # not where every held-out image is a training image
     scores.add('nearest_train_ratio', near.ratio, samples=len(images), distance=near.samples,
                held_out_distance=near.held_out, zero=near.zero, reference=train.fingerprint,
                reference_samples=len(train.images))
-  if judged and small and labels is not None:
+  if judged and images[0].size <= SMALL and labels is not None:
     judge = agreement.class_agreement(
         (images, labels), (train.images, train.labels), (held_out.images, held_out.labels))
     scores.add('class_agreement', judge.agreement, unit='share', higher=True,
@@ -171,66 +170,169 @@ def evaluate_samples(scores: Scores, images: np.ndarray, labels: np.ndarray | No
                reference=train.fingerprint, reference_samples=judge.train)
 
 
+def sample(loaded: runs.Loaded, codec: runs.Loaded, judge: Judge, *, n: int, seed: int,
+           settings: Any, batch_size: int) -> tuple[Samples, Accumulation]:
+  """Draws n examples; all are accumulated and their tokens kept, and the first images."""
+  sampler = Sampler(min(batch_size, n))
+  models = sampler.place(loaded), sampler.place(codec)
+  accumulation = Accumulation(judge, n, source=loaded.fingerprint)
+  tokens, images, nfe, held = [], [], 0, 0
+  batches = sampler.batches(*models, n=n, seed=seed, settings=settings)
+  for batch in track(batches, -(-n // sampler.batch_size), 'batch'):
+    accumulation.add(batch.images, batch.index, batch.labels)
+    rows = batch.index >= 0
+    tokens.append(np.asarray(batch.tokens)[rows])
+    if held < KEPT:
+      images.append(np.asarray(batch.images)[rows])
+      held += len(images[-1])
+    accumulation.nfe = nfe = batch.nfe
+  labels = in_turn(loaded, n)
+  shown = np.concatenate(images)[:KEPT]
+  samples = Samples(np.concatenate(tokens), shown, labels, nfe)
+  return samples, accumulation
+
+
 def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = None,
              tokenizer: str | None = None, settings: dict[str, str] | None = None,
-             weights: str = 'ema') -> list[Score]:
+             weights: str = 'ema', extractor: str | None = None, batch_size: int = 64,
+             write: bool = True) -> list[Score]:
   """Scores a run and writes its `scores.json` (or `scores_NAME.json`)."""
   loaded = runs.load(workdir, weights=weights)
   data = loaded.experiment.data if loaded.experiment else None
+  folder = runs.split_reference(workdir)[0]
   if data is None:
     raise ValueError(f'{workdir} is an exported file without data; evaluate a run folder.')
+  request: dict[str, Any] = {'verb': 'evaluate', 'workdir': str(workdir), 'weights': weights,
+             'extractor': extractor, 'name': name}
   if hasattr(loaded.model, 'encode'):
-    scores = Scores(loaded, '', None, ())
+    scores = Scores(loaded)
     evaluate_tokenizer(loaded, scores, Split.read(data, 'eval'))
-  else:
+    judge = open_judge(data, references(folder), n=n, extractor=extractor)
+    evaluate_reconstructions(loaded, scores, judge, data)
+  elif hasattr(loaded.model, 'sample'):
     codec = runs.load_tokenizer(loaded, tokenizer)
     chosen = resolve_settings(loaded, settings or {})
-    train, held_out = (Split.read(_pixels(data, codec), split) for split in ('train', 'eval'))
-    samples = draw(loaded, codec, n=n, seed=seed, settings=chosen)
-    scores = Scores(loaded, '', chosen, (seed,))
+    real = runs.pixels(data, codec)
+    train, held_out = (Split.read(real, split) for split in ('train', 'eval'))
+    judge = open_judge(real, references(folder), n=n, extractor=extractor)
+    samples, accumulation = sample(loaded, codec, judge, n=n, seed=seed, settings=chosen,
+                                   batch_size=batch_size)
+    scores = Scores(loaded, settings=chosen, seeds=(seed,))
     evaluate_generator(loaded, codec, scores, train, held_out, samples, seed=seed)
-    evaluate_samples(scores, samples.images, samples.labels, train, held_out)
-  file = 'scores.json' if name is None else f'scores_{name}.json'
-  path = runs.split_reference(workdir)[0] / file
-  write_scores(path, scores.rows)
-  say(f'{len(scores.rows)} scores: {path}')
+    scores.add_judged(judge, accumulation.finish(), accumulation)
+    evaluate_samples(scores, samples.images, _first(samples.labels, samples.images), train,
+                     held_out)
+    request |= {'n': n, 'seed': seed, 'settings': settings or {}, 'batch_size': batch_size,
+                'tokenizer': tokenizer}
+  else:
+    raise ValueError(f'{workdir} is neither a tokenizer nor a generator; its held-out metrics are '
+                     'in metrics.jsonl.')
+  if write:
+    path = folder / ('scores.json' if name is None else f'scores_{name}.json')
+    write_scores(path, scores.rows, request)
+    say(f'{len(scores.rows)} scores: {path}')
   return scores.rows
 
 
-def _pixels(data: Any, tokenizer: runs.Loaded) -> Any:
-  """The images behind a generator's data: its own, or for stored tokens those of the tokenizer."""
-  from smalti.data.tokens import TokensConfig
-  if isinstance(data, TokensConfig) and tokenizer.experiment is not None:
-    return tokenizer.experiment.data
-  return data
+def _first(labels: np.ndarray | None, images: np.ndarray) -> np.ndarray | None:
+  return None if labels is None else labels[:len(images)]
 
 
-def evaluate_file(path: pathlib.Path, config: str, out: pathlib.Path) -> list[Score]:
-  """Scores uint8 images of an ADM-style .npz (`arr_0`, labels `arr_1`) against a config's data."""
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      images, labels = file['arr_0'], file['arr_1'] if 'arr_1' in file else None
-  except (KeyError, ValueError, OSError) as error:
-    raise ValueError(f'{path} holds no samples ({error}); give an .npz with arr_0.') from error
-  if images.dtype != np.uint8 or images.ndim != 4:
-    raise ValueError(f'arr_0 of {path} is {images.dtype}{images.shape}; it must be uint8[n,h,w,c].')
-  data = cli.load_config(config).data
-  scores = Scores(None, path.name, None, ())
-  evaluate_samples(scores, images, labels, Split.read(data, 'train'), Split.read(data, 'eval'))
-  write_scores(out, scores.rows)
-  say(f'{len(scores.rows)} scores: {out}')
+def evaluate_file(path: pathlib.Path, config: str | None, *, reference: pathlib.Path | None = None,
+                  extractor: str | None = None, write: bool = True) -> list[Score]:
+  """Scores images of a file or folder against the data of a config, or a file of statistics."""
+  gallery = open_gallery(path)
+  scores = Scores(None, gallery.source)
+  request = {'verb': 'evaluate', 'samples': str(path), 'data': config,
+             'reference': reference and str(reference), 'extractor': extractor}
+  if config is None:
+    judge = judge_of_file(reference, extractor, gallery.shape)
+  else:
+    data = cli.load_config(config).data
+    judge = open_judge(data, references(path.parent), n=gallery.n, extractor=extractor,
+                       reference=reference)
+    if gallery.shape != judge.shape:
+      raise ValueError(f'The samples are {gallery.shape}, and the data {judge.shape}; '
+                       'name data of the same size with --data=CONFIG.')
+  accumulation = accumulate(judge, gallery.batches(BATCH), gallery.n, gallery.source,
+                            gallery.labels)
+  scores.add_judged(judge, accumulation.finish(), accumulation)
+  if config is not None:
+    train, held_out = (Split.read(data, split) for split in ('train', 'eval'))
+    images = np.concatenate(list(itertools.islice(gallery.batches(BATCH), -(-KEPT // BATCH))))
+    evaluate_samples(scores, images, _first(gallery.labels, images), train, held_out)
+  if write:
+    out = path.with_name(f'{path.name.removesuffix(".npz")}.scores.json')
+    write_scores(out, scores.rows, request)
+    say(f'{len(scores.rows)} scores: {out}')
   return scores.rows
+
+
+def repeat(path: pathlib.Path, workdir: str | None = None) -> int:
+  """Asks again what made a file of scores and prints both values; 1 where any differs.
+
+  Args:
+    workdir: where the run is now; None takes the path in the file.
+  """
+  before, request = read_file(path)
+  if request is None or request.get('verb') not in ('evaluate', 'sweep'):
+    raise ValueError(f'{path} was not written by one command, so that it cannot be repeated.')
+  request = dict(request)
+  verb = request.pop('verb')
+  if workdir is not None:
+    request['workdir'] = workdir
+  say(f'repeating {path}')
+  if verb == 'sweep':
+    from smalti.launch import sweep
+    after = sweep.repeat(request)
+  elif 'samples' in request:
+    request.pop('workdir', None)
+    given = request.pop('reference')
+    after = evaluate_file(pathlib.Path(request.pop('samples')), request.pop('data'), write=False,
+                          reference=given and pathlib.Path(given), **request)
+  else:
+    after = evaluate(write=False, **request)
+  return compare(before, after)
+
+
+def compare(before: list[Score], after: list[Score]) -> int:
+  """Prints both columns; returns 1 where a score differs beyond 1e-6 of itself, or is missing."""
+  now = {score.name: score for score in after}
+  different = sorted({score.name for score in before} ^ set(now))
+  for name in different:
+    say(f'{name}: in one of both only')
+  for old in before:
+    if old.name not in now:
+      continue
+    new = now[old.name]
+    equal = abs(old.value - new.value) <= 1e-6 * max(abs(old.value), 1e-9)
+    if not equal:
+      different.append(old.name)
+    changed = [key for key in old.versions if old.versions[key] != new.versions.get(key)]
+    note = '' if equal else f'  DIFFERS by {new.value - old.value:.3g}' + (
+        f'; other versions of {", ".join(changed)}' if changed else '')
+    say(f'{old.name}  written {old.value:.8g}  now {new.value:.8g}{note}')
+  say(f'{len(before)} scores, {len(different)} differ')
+  return 1 if different else 0
 
 
 def define(values: Any) -> None:
   from absl import flags
   flags.DEFINE_string('workdir', None, 'The run to score.', flag_values=values)
-  flags.DEFINE_string('samples', None, 'An .npz of uint8 images to score instead.',
-                      flag_values=values)
+  flags.DEFINE_string('samples', None, 'An .npz of uint8 images, or a folder of PNGs, to score '
+                      'instead.', flag_values=values)
   flags.DEFINE_string('data', None, 'For --samples: the config whose data they are compared with.',
+                      flag_values=values)
+  flags.DEFINE_string('reference', None, 'For --samples: a file of statistics (ours, ADM, '
+                      'clean-fid, pytorch-fid) instead of the training images.',
+                      flag_values=values)
+  flags.DEFINE_string('extractor', None, 'A name or a file; default by the size of the images.',
+                      flag_values=values)
+  flags.DEFINE_string('repeat', None, 'A scores.json: asks again what made it, prints both.',
                       flag_values=values)
   flags.DEFINE_integer('n', 1000, 'How many samples of a generator.', flag_values=values)
   flags.DEFINE_integer('seed', 0, 'The seed of the samples.', flag_values=values)
+  flags.DEFINE_integer('batch_size', 64, 'Samples per call.', flag_values=values)
   flags.DEFINE_string('name', None, 'Writes scores_NAME.json.', flag_values=values)
   flags.DEFINE_string('tokenizer', None, 'Where the tokenizer was moved to.', flag_values=values)
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'Averaged or last weights.',
@@ -239,18 +341,22 @@ def define(values: Any) -> None:
 
 
 def main(values: Any) -> int:
+  if values.repeat:
+    return repeat(pathlib.Path(values.repeat), values.workdir)
   if values.samples:
-    if not values.data:
-      raise ValueError('evaluate --samples needs --data=CONFIG, the data to compare with.')
-    path = pathlib.Path(values.samples)
-    evaluate_file(path, values.data, path.with_suffix('.scores.json'))
+    if not values.data and not values.reference:
+      raise ValueError('evaluate --samples needs --data=CONFIG, the data to compare with, or '
+                       '--reference=FILE.npz.')
+    evaluate_file(pathlib.Path(values.samples), values.data, extractor=values.extractor,
+                  reference=values.reference and pathlib.Path(values.reference))
     return 0
   if values.workdir is None:
     raise ValueError('evaluate needs --workdir=RUN, or --samples=FILE.npz --data=CONFIG.')
-  if values.n < 2:
-    raise ValueError(f'n={values.n} samples make no distribution; draw 2 or more.')
+  if values.n < 2 or values.batch_size < 1:
+    raise ValueError(f'n={values.n} must be 2 or more, and batch_size={values.batch_size} 1.')
   evaluate(values.workdir, n=values.n, seed=values.seed, name=values.name,
-           tokenizer=values.tokenizer, settings=values.settings, weights=values.weights)
+           tokenizer=values.tokenizer, settings=values.settings, weights=values.weights,
+           extractor=values.extractor, batch_size=values.batch_size)
   return 0
 
 

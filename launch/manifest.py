@@ -33,6 +33,11 @@ def write(folder: str | os.PathLike) -> None:
   os.replace(temporary, folder / NAME)
 
 
+def identity(folder: str | os.PathLike) -> str:
+  """What names the content of a folder: the digest of its manifest, in hex."""
+  return hashlib.sha256((pathlib.Path(folder) / NAME).read_bytes()).hexdigest()
+
+
 def damage(folder: str | os.PathLike, under: str = '') -> str | None:
   """What differs from the manifest of `folder`, in a few words; None if nothing does.
 

@@ -113,9 +113,14 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def by_batch(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """The first axis split over the batch axes of the mesh."""
+  return NamedSharding(mesh, BATCH)
+
+
 def put(mesh: jax.sharding.Mesh, rows: dict) -> dict:
   """This process's rows as global arrays, split over the batch axes."""
-  sharding = NamedSharding(mesh, BATCH)
+  sharding = by_batch(mesh)
   return {name: jax.make_array_from_process_local_data(sharding, value)
           for name, value in rows.items()}
 

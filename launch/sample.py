@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import smalti
-from smalti.generators.generator import example_keys, generate
-from smalti.launch import cli, pictures, run as runs, state as states
+from smalti.generators.generator import example_keys
+from smalti.launch import cli, mesh as meshes, pictures, run as runs, state as states
+from smalti.launch.experiment import MeshConfig
 from smalti.launch.progress import say, track
 from smalti.launch.serialization import to_json
 from smalti.networks.pixels import to_uint8
-from smalti.tokenizers.tokenizer import decode
 
 
 @dataclasses.dataclass
@@ -32,6 +33,88 @@ class Samples:
   nfe: int
 
 
+@dataclasses.dataclass
+class Batch:
+  """One batch of samples, still on the devices.
+
+  Attributes:
+    index: int64[B] of the examples; -1 for rows that only fill the batch.
+    tokens, images: int32[B, N, D] and uint8[B, H, W, C], split over the local devices.
+    labels: int32[B] or None.
+    nfe: passes of the network per example.
+  """
+  index: np.ndarray
+  tokens: jax.Array
+  images: jax.Array
+  labels: np.ndarray | None
+  nfe: int
+
+
+class Sampler:
+  """Draws examples by global index, in batches of one shape, on all devices of this process.
+
+  Example i depends on (seed, i) and its label alone: neither on the batch size nor on the number of
+  devices or processes. `programs` counts what was compiled: one per kind of generator, batch size
+  and static settings.
+  """
+
+  def __init__(self, batch_size: int = 64, devices: list[jax.Device] | None = None):
+    """
+    Args:
+      batch_size: rows of a call, rounded up to a multiple of the devices.
+      devices: None takes all of this process.
+    """
+    self.mesh = meshes.make(MeshConfig(), devices or jax.local_devices())
+    devices = meshes.batch_devices(self.mesh)
+    self.batch_size = -(-batch_size // devices) * devices
+    self.programs = 0
+
+    def program(generator, tokenizer, condition, keys, settings):
+      self.programs += 1  # while it is traced
+      sample = generator.sample(condition, keys=keys, settings=settings)
+      images = to_uint8(tokenizer.decode(sample.tokens, keys=keys))
+      return sample.tokens, images, jnp.asarray(sample.nfe)
+
+    self._program = jax.jit(program)
+    self._keys = jax.jit(example_keys)
+
+  def place(self, loaded: runs.Loaded) -> runs.Loaded:
+    """The model on every device of this process."""
+    if self.mesh.size == 1:
+      return loaded
+    return dataclasses.replace(
+        loaded, model=jax.device_put(loaded.model, meshes.replicated(self.mesh)))
+
+  def batches(self, generator: runs.Loaded, tokenizer: runs.Loaded, *, n: int, seed: int,
+              settings: Any, labels: np.ndarray | None = None, start: int = 0, every: int = 1
+              ) -> Iterator[Batch]:
+    """Batches of the examples 0..n-1; the models must have been placed.
+
+    Args:
+      labels: int32[n]; None takes the classes in turn, where the generator has any.
+      start: the first batch.
+      every: takes batches start, start + every, ... for processes that share the work.
+    """
+    labels = in_turn(generator, n) if labels is None else labels
+    root = states.stream(seed, 'sample')
+    sharding = meshes.by_batch(self.mesh)
+    for first in range(start * self.batch_size, n, every * self.batch_size):
+      index = np.arange(first, first + self.batch_size)
+      inside = np.minimum(index, n - 1)
+      chosen = None if labels is None else labels[inside]
+      condition = None if chosen is None else {'label': jax.device_put(chosen, sharding)}
+      keys = self._keys(root, jax.device_put(inside.astype(np.int32), sharding))
+      tokens, images, nfe = self._program(
+          generator.model, tokenizer.model, condition, keys, settings)
+      yield Batch(np.where(index < n, index, -1), tokens, images, chosen, int(nfe))
+
+
+def in_turn(generator: runs.Loaded, n: int) -> np.ndarray | None:
+  """Labels int32[n], every class in turn, so that any stretch is balanced; None without classes."""
+  classes = getattr(generator.config, 'classes', 0)
+  return np.arange(n, dtype=np.int32) % classes if classes else None
+
+
 def draw(generator: runs.Loaded, tokenizer: runs.Loaded, *, n: int, seed: int, settings: Any,
          labels: np.ndarray | None = None, batch_size: int = 64) -> Samples:
   """Draws `n` examples; example i depends on (seed, i) and its label alone.
@@ -40,25 +123,19 @@ def draw(generator: runs.Loaded, tokenizer: runs.Loaded, *, n: int, seed: int, s
     labels: int32[n]; None takes the classes in turn, where the generator has any.
     batch_size: examples per call; the last batch is padded and cut.
   """
-  classes = getattr(generator.config, 'classes', 0)
-  if labels is None and classes:
-    labels = np.arange(n, dtype=np.int32) % classes
-  root = states.stream(seed, 'sample')
-  batch_size = min(batch_size, n)
+  labels = in_turn(generator, n) if labels is None else labels
+  sampler = Sampler(min(batch_size, n))
+  batches = sampler.batches(sampler.place(generator), sampler.place(tokenizer), n=n, seed=seed,
+                            settings=settings, labels=labels)
   parts, nfe = [], 0
-  for first in track(range(0, n, batch_size), -(-n // batch_size), 'batch'):
-    index = np.minimum(np.arange(first, first + batch_size), n - 1)
-    condition = None if labels is None else {'label': jnp.asarray(labels[index])}
-    keys = example_keys(root, jnp.asarray(index))
-    sample = generate(generator.model, condition, keys=keys, settings=settings)
-    drawn = to_uint8(decode(tokenizer.model, sample.tokens, keys=keys))
-    parts.append(jax.device_get((sample.tokens, drawn)))
-    nfe = int(sample.nfe)
+  for batch in track(batches, -(-n // sampler.batch_size), 'batch'):
+    parts.append(jax.device_get((batch.tokens, batch.images)))
+    nfe = batch.nfe
   tokens, images = (np.concatenate(part)[:n] for part in zip(*parts))
   return Samples(tokens, images, labels, nfe)
 
 
-def resolve_settings(generator: runs.Loaded, overrides: dict[str, str]) -> Any:
+def resolve_settings(generator: runs.Loaded | runs.Outline, overrides: dict[str, str]) -> Any:
   """The run's sampling settings, or the generator's own, with the overrides of the command line."""
   settings = generator.experiment.settings if generator.experiment else None
   return cli.apply_settings(settings or generator.model.settings(), overrides)
@@ -105,7 +182,8 @@ def main(values: Any) -> int:
     raise ValueError(f'n={values.n} and batch_size={values.batch_size} must be 1 or more.')
   generator = runs.load(values.workdir, weights=values.weights)
   if not hasattr(generator.model, 'sample'):
-    raise ValueError(f'{values.workdir} is a tokenizer; sample from a generator trained on it.')
+    raise ValueError(f'{values.workdir} is a {runs.kind(generator.model)}; sample from '
+                     'a generator trained on a tokenizer.')
   tokenizer = runs.load_tokenizer(generator, values.tokenizer)
   settings = resolve_settings(generator, values.settings)
   labels = _labels(values.labels, values.n, getattr(generator.config, 'classes', 0))

@@ -1,0 +1,112 @@
+"""Images in files, ours or not: an ADM-style .npz (`arr_0`, labels `arr_1`) or a folder of PNGs.
+
+Both are read as a stream, so that 50,000 images of 256 pixels need the memory of one batch.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+from smalti.data import images as decoding
+from smalti.evaluation.archive import Archive
+from smalti.launch.history import natural
+
+REMEDY = 'give an .npz with uint8 images in arr_0, or a folder of PNGs of one size'
+LOSSY = ('.jpg', '.jpeg', '.webp')
+
+
+@dataclasses.dataclass(frozen=True)
+class Gallery:
+  """Images of one size in a file or folder.
+
+  Attributes:
+    path: of the file or folder.
+    n: how many.
+    shape: (height, width, channels).
+    labels: int32[n] of an .npz with `arr_1`; None without.
+    source: name and SHA-256 of the content, for manifests.
+    files: the PNGs of a folder in natural order; () for an .npz.
+  """
+  path: pathlib.Path
+  n: int
+  shape: tuple[int, int, int]
+  labels: np.ndarray | None
+  source: str
+  files: tuple[pathlib.Path, ...] = ()
+
+  def batches(self, size: int) -> Iterator[np.ndarray]:
+    """uint8[size, H, W, C] in order, the last one shorter.
+
+    Raises:
+      ValueError: a damaged file, or a picture of another size.
+    """
+    if not self.files:
+      with _archive(self.path) as archive:
+        yield from archive.rows('arr_0', size)
+      return
+    for first in range(0, self.n, size):
+      rows = [_picture(path) for path in self.files[first:first + size]]
+      for path, row in zip(self.files[first:], rows):
+        if row.shape != self.shape:
+          raise ValueError(f'{path} is {row.shape}, and the first picture {self.shape}; {REMEDY}.')
+      yield np.stack(rows)
+
+
+def open_gallery(path: pathlib.Path) -> Gallery:
+  """Opens an .npz or a folder of PNGs.
+
+  Raises:
+    FileNotFoundError: nothing is there.
+    ValueError: other content, or pictures of a lossy format, which changes every distance.
+  """
+  if path.is_dir():
+    return _folder(path)
+  with _archive(path) as archive:
+    with archive.refusing():
+      header = archive.header('arr_0')
+      if header.dtype != np.uint8 or len(header.shape) != 4 or header.shape[3] not in (1, 3):
+        raise ValueError(f'arr_0 is {header.dtype}{list(header.shape)}, not uint8[n, h, w, 1 or 3]')
+      n, height, width, channels = header.shape
+      if not n:
+        raise ValueError('arr_0 has no images')
+      labels = archive.read('arr_1') if 'arr_1' in archive.names else None
+      if labels is not None and (labels.shape != (n,) or labels.dtype.kind not in 'iu'):
+        raise ValueError(f'arr_1 is {labels.dtype}{list(labels.shape)}, not one label per image')
+  with open(path, 'rb') as file:
+    digest = hashlib.file_digest(file, 'sha256').hexdigest()
+  return Gallery(path, n, (height, width, channels),
+                 None if labels is None else labels.astype(np.int32), f'{path.name} {digest[:16]}')
+
+
+def _archive(path: pathlib.Path) -> Archive:
+  return Archive(path, 'images', REMEDY)
+
+
+def _folder(path: pathlib.Path) -> Gallery:
+  found = sorted((p for p in path.rglob('*') if p.is_file()), key=lambda p: natural(str(p)))
+  files = tuple(p for p in found if p.suffix.lower() == '.png')
+  lossy = [p for p in found if p.suffix.lower() in LOSSY]
+  if not files:
+    said = f', but {len(lossy)} of a lossy format, which changes every distance' if lossy else ''
+    raise ValueError(f'{path} holds no PNG{said}; {REMEDY}.')
+  digest = hashlib.sha256()
+  for file in files:
+    digest.update(file.relative_to(path).as_posix().encode())
+    digest.update(file.read_bytes())
+  height, width, channels = _picture(files[0]).shape
+  return Gallery(path, len(files), (height, width, channels), None,
+                 f'{path.name} {digest.hexdigest()[:16]}', files)
+
+
+def _picture(path: pathlib.Path) -> np.ndarray:
+  try:
+    data = decoding.read_bytes(path)
+    with Image.open(path, formats=('PNG',)) as picture:
+      channels = 1 if picture.mode in ('1', 'L', 'I;16', 'I') else 3
+    return decoding.decode(data, channels)
+  except (decoding.Refused, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    raise ValueError(f'{path} is no picture ({error}); {REMEDY}.') from error

@@ -1,0 +1,276 @@
+"""Judge: real images, an extractor and its untrained twin, which samples are compared with.
+
+Beside every score stands the same score of held-out real images (what cannot be beaten honestly)
+and the same distance on features of the untrained twin (what sees no content). The real images are
+passed once through both networks; what statistics need of them stays in a folder.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from smalti.evaluation import features, measures, reference as reference_files
+from smalti.evaluation.files import whole
+from smalti.evaluation.manifest import seal
+from smalti.evaluation.measures import Measured
+from smalti.evaluation.summary import Accumulator, Summary
+from smalti.launch import extractors, serialization
+from smalti.launch.progress import say, track
+
+BATCH = 256  # real images per call of an extractor
+FIT = 20_000  # training images that an extractor is fitted on, at most
+
+
+class Accumulation:
+  """What is kept of a stream of images by both networks.
+
+  Attributes:
+    agreeing, asked: how many samples the extractor's own classes put where they were asked for.
+    nfe: passes of the generator per sample; None for images from elsewhere.
+  """
+
+  def __init__(self, judge: 'Judge', n: int, source: str = ''):
+    self._judge, self.n = judge, n
+    self.parts = [Accumulator(features.identity(x), n, source=source) for x in judge.networks]
+    self.agreeing, self.asked = 0, 0
+    self.nfe: int | None = None
+
+  def add(self, images: Any, index: np.ndarray, labels: np.ndarray | None = None) -> None:
+    """Counts images uint8[B, H, W, C], which may be split over devices; index < 0 is padding."""
+    for i, (network, part) in enumerate(zip(self._judge.networks, self.parts)):
+      outputs = network(images)
+      part.add(outputs, index)
+      if i == 0 and labels is not None and self._judge.accuracy is not None:
+        rows = (index >= 0) & (index < self.n)
+        self.agreeing += int((outputs['logits'].argmax(-1) == labels)[rows].sum())
+        self.asked += int(rows.sum())
+
+  def save(self, folder: pathlib.Path, cursor: int) -> None:
+    """Writes all parts, then the note that makes them count; what was there before goes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, part in enumerate(self.parts):
+      part.save(folder / f'part{i}-{cursor}.npz', cursor)
+    note = {'cursor': cursor, 'agreeing': self.agreeing, 'asked': self.asked,
+            'nfe': self.nfe}
+    with whole(folder / 'cursor.json') as file:
+      file.write(json.dumps(note).encode())
+    for path in folder.glob('part*.npz'):
+      if not path.stem.endswith(f'-{cursor}'):
+        path.unlink()
+
+  def resume(self, folder: pathlib.Path) -> int:
+    """Continues what `save` wrote and returns its cursor; 0 where nothing was."""
+    if not (folder / 'cursor.json').exists():
+      return 0
+    note = json.loads((folder / 'cursor.json').read_text(encoding='utf-8'))
+    cursor = note['cursor']
+    self.parts = [
+        Accumulator.resume(folder / f'part{i}-{cursor}.npz', features.identity(network), self.n,
+                           source=part.source)[0]
+        for i, (network, part) in enumerate(zip(self._judge.networks, self.parts))]
+    self.agreeing, self.asked, self.nfe = note['agreeing'], note['asked'], note['nfe']
+    return cursor
+
+  def merge(self, other: 'Accumulation') -> None:
+    """Adds what another process counted."""
+    for mine, theirs in zip(self.parts, other.parts):
+      mine.merge(theirs)
+    self.agreeing, self.asked = self.agreeing + other.agreeing, self.asked + other.asked
+    self.nfe = other.nfe if self.nfe is None else self.nfe
+
+  def finish(self) -> list[Summary]:
+    """Raises ValueError unless exactly n images were counted."""
+    return [part.finish() for part in self.parts]
+
+
+@dataclasses.dataclass
+class Judge:
+  """What samples are compared with.
+
+  Attributes:
+    networks: the extractor, and its untrained twin.
+    reference: summaries of the real training images, by network.
+    held_out: the same of real held-out images, which give the floor; None for a file of statistics.
+    shape: of the images.
+    accuracy: of the extractor's logits on real held-out images, where they are over the labels of
+      the data; None where they are not.
+  """
+  networks: list[Any]
+  reference: list[Summary]
+  held_out: list[Summary] | None
+  shape: tuple[int, int, int]
+  accuracy: float | None = None
+
+  @property
+  def extractor(self) -> Any:
+    return self.networks[0]
+
+  @property
+  def definition(self) -> dict[str, Any]:
+    """What decides the numbers, for names of cells and for manifests."""
+    return {
+        'extractor': features.identity(self.extractor),
+        'reference': self.reference[0].source, 'reference_samples': self.reference[0].n,
+        'held_out': self.held_out and self.held_out[0].source,
+        'held_out_samples': self.held_out and self.held_out[0].n}
+
+  def measure(self, summaries: list[Summary]) -> list[Measured]:
+    """All measures of the extractor, each with its floor and the control's value beside."""
+    found = measures.compare(summaries[0], self.reference[0])
+    if self.held_out is None:
+      return found
+    control = _by_measure(measures.compare(summaries[1], self.reference[1]))
+    floor, control_floor = self.floors
+    out = []
+    for row in found:
+      kind = _measure(row)
+      beside = {'floor': floor.get(kind), 'floor_samples': self.held_out[0].n,
+                'untrained': control.get(kind), 'untrained_floor': control_floor.get(kind)}
+      out.append(dataclasses.replace(row, beside={
+          **row.beside, **{k: v for k, v in beside.items() if v is not None}}))
+    return out
+
+  @functools.cached_property
+  def floors(self) -> list[dict[str, float]]:
+    """Measures of real held-out images, by network."""
+    return [_by_measure(measures.compare(*pair)) for pair in zip(self.held_out, self.reference)]
+
+
+def _by_measure(rows: list[Measured]) -> dict[str, float]:
+  return {_measure(row): row.value for row in rows}
+
+
+def _measure(row: Measured) -> str:
+  """'fd' of 'fd_mlp64_1a2b3c4d' and of 'fid': what the control is compared by."""
+  kind = row.name.split('_')[0]
+  return measures.PROXIES.get(kind, kind)
+
+
+def open_judge(data: Any, folder: pathlib.Path, *, n: int, extractor: str | None = None,
+               reference: pathlib.Path | None = None) -> Judge:
+  """The judge for the images of a data config.
+
+  Args:
+    folder: where summaries of real images are kept.
+    n: how many samples will be compared; the floor is of as many held-out images, or all.
+    extractor: a name or file, see `launch/extractors.py`; None takes the one for such images.
+    reference: a file of statistics to compare with, instead of the training images.
+  """
+  source = data.open('train')
+  shape = _shape(source)
+  chosen = extractor or extractors.default_for(shape)
+  network: Any = extractors.load(chosen, shape=shape) if chosen else _fitted(data, shape)
+  networks = [network, network.random(0)]
+  held = data.open('eval')
+  real = [_summaries(networks, source, data, 'train', len(source), folder),
+          _summaries(networks, held, data, 'eval', min(n, len(held)), folder)]
+  if reference is not None:
+    real[0][0] = reference_files.load(reference, network)
+  return Judge(networks, real[0], real[1], shape, _accuracy(network, held, min(n, len(held))))
+
+
+def judge_of_file(reference: pathlib.Path, extractor: str | None, shape: tuple[int, int, int]
+                  ) -> Judge:
+  """The judge of a file of statistics alone: without real images there is no floor."""
+  chosen = extractor or extractors.default_for(shape)
+  if chosen is None:
+    raise ValueError(f'No extractor is known for images of {shape}; name one with --extractor.')
+  network = extractors.load(chosen, shape=shape)
+  return Judge([network], [reference_files.load(reference, network)], None, shape)
+
+
+def _shape(source: Any) -> tuple[int, int, int]:
+  row = source.read(np.arange(1))
+  if 'image' not in row:
+    raise ValueError(f'{type(source).__name__} holds no images to compare with; name data that '
+                     'has with --data=CONFIG.')
+  return row['image'].shape[1:]
+
+
+def _fitted(data: Any, shape: tuple[int, int, int]) -> Any:
+  """An extractor fitted on the training images, for data that no shipped network fits."""
+  train, held_out = data.open('train'), data.open('eval')
+  rows = train.read(np.arange(min(len(train), FIT)))
+  tests = held_out.read(np.arange(min(len(held_out), FIT)))
+  if len(train.classes) > 1 and np.prod(shape) <= 4096:
+    return features.Classifier.fit(
+        'mlp64', (rows['image'], rows['label']), (tests['image'], tests['label']))
+  return features.Principal.fit(
+      rows['image'], min(64, len(rows['image']) - 1, int(np.prod(shape))))
+
+
+def _summaries(networks: list[Any], source: Any, data: Any, split: str, n: int,
+               folder: pathlib.Path) -> list[Summary]:
+  """Both networks' summaries of the first n real images, from `folder` where they are there."""
+  key = seal({'data': serialization.to_json(data), 'split': split, 'n': n, 'of': len(source),
+              'networks': [features.identity(x) for x in networks]})[:16]
+  paths = [folder / f'{split}-{key}-{i}.npz' for i in range(len(networks))]
+  if all(path.exists() for path in paths):
+    return [Summary.load(path) for path in paths]
+  digest = hashlib.sha256()
+  parts = [Accumulator(features.identity(x), n) for x in networks]
+  for index, images in track(_real(source, n), -(-n // BATCH), 'batch'):
+    digest.update(np.ascontiguousarray(images).tobytes())
+    for network, part in zip(networks, parts):
+      part.add(network(_filled(images)), index)
+  mark = f'{type(data).__name__.removesuffix("Config")} {split} {digest.hexdigest()[:16]}'
+  found = [dataclasses.replace(part.finish(), source=mark) for part in parts]
+  if jax.process_index() == 0:
+    for path, summary in zip(paths, found):
+      summary.save(path)
+  say(f'{n} real images ({split}) through {networks[0].name} and its untrained twin')
+  return found
+
+
+def _accuracy(network: Any, source: Any, n: int) -> float | None:
+  """Of the logits on real images, where they are over the labels of the data."""
+  if len(source.classes) < 2 or tuple(getattr(network, 'classes', ())) != tuple(source.classes):
+    return None
+  right = 0
+  for first in range(0, n, BATCH):
+    rows = source.read(np.arange(first, min(first + BATCH, n)))
+    logits = network(_filled(rows['image']))['logits'][:len(rows['label'])]
+    right += int((logits.argmax(-1) == rows['label']).sum())
+  return right / n
+
+
+def _real(source: Any, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  for first in range(0, n, BATCH):
+    index = np.full(BATCH, -1)
+    count = min(BATCH, n - first)
+    index[:count] = np.arange(first, first + count)
+    yield index, source.read(index[:count])['image']
+
+
+def _filled(images: np.ndarray) -> np.ndarray:
+  """A batch of `BATCH` rows, so that a network compiles once."""
+  if len(images) == BATCH:
+    return images
+  return np.concatenate([images, np.repeat(images[-1:], BATCH - len(images), 0)])
+
+
+def accumulate(judge: Judge, batches: Iterable[np.ndarray], n: int, source: str,
+               labels: np.ndarray | None = None) -> Accumulation:
+  """Accumulates images that come as host arrays of at most `BATCH` rows."""
+  accumulation = Accumulation(judge, n, source)
+  first = 0
+  for images in track(batches, -(-n // BATCH), 'batch'):
+    index = np.full(BATCH, -1)
+    index[:len(images)] = np.arange(first, first + len(images))
+    inside = np.minimum(np.maximum(index, 0), n - 1)
+    accumulation.add(_filled(images), index, None if labels is None else labels[inside])
+    first += len(images)
+  return accumulation
+
+
+def references(folder: str | os.PathLike) -> pathlib.Path:
+  """Where a run or a sweep keeps summaries of real images."""
+  return pathlib.Path(folder) / 'references'
