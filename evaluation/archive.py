@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
@@ -124,7 +124,7 @@ class Archive:
       reader = (np.lib.format.read_array_header_1_0 if version == (1, 0)
                 else np.lib.format.read_array_header_2_0)
       header = Header(*reader(file))
-    if header.dtype.hasobject or header.dtype.itemsize == 0 and math.prod(header.shape):
+    if header.dtype.hasobject or header.dtype.itemsize == 0:
       raise ValueError(f'{name} holds {header.dtype}, which is no plain data')
     length = self._zip.getinfo(f'{name}.npy').file_size - file.tell()
     if min(header.shape, default=0) < 0 or header.bytes != length:
@@ -136,7 +136,8 @@ def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray | str | int |
           ) -> None:
   """An .npz of `arrays` under its final name only once it is complete."""
   with whole(path) as file:
-    np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})
+    members: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
+    np.savez(file, **members)
 
 
 def _fill(file: BinaryIO, array: np.ndarray) -> None:

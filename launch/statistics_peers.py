@@ -10,6 +10,7 @@ the last layer of a network gives. The goal is 1e-4 relative.
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ CASES = ((5000, 4000, 64, 10, 9, 100, 1000), (3000, 2500, 256, 100, 9, 100, 1000
          (1200, 1100, 2048, 1008, 9, 20, 1000))
 
 
-def draw(generated: int, real: int, dim: int, classes: int, kinds: int) -> dict[str, np.ndarray]:
+def draw(generated: int, real: int, dim: int, classes: int, kinds: int) -> dict[str, Any]:
   """Two sets of features, which differ in scale and modes unless the first has all, and logits."""
   random = np.random.default_rng(dim + real)
   hidden = max(dim // 4, 8)
@@ -46,7 +47,7 @@ def draw(generated: int, real: int, dim: int, classes: int, kinds: int) -> dict[
           'logits': (3 * random.normal(size=(generated, classes))).astype(np.float32)}
 
 
-def ours(arrays: dict[str, np.ndarray], subsets: int, size: int) -> dict[str, float]:
+def ours(arrays: dict[str, Any], subsets: int, size: int) -> dict[str, float]:
   """The statistics that the peer is asked for, from the code that `evaluate` uses."""
   generated, real, n = arrays['generated'], arrays['real'], len(arrays['generated'])
   total = Accumulator('drawn:0:none', n, keep=0)
