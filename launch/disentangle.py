@@ -2,7 +2,8 @@
 
 QLAE, an autoencoder and VQ-VAE (configs/shapes_qlae.py), three weight decays, three seeds: 27 runs
 of one network. A finished cell is a file of its own in --out and is skipped; the same command goes
-on where it was stopped, within a run too. Whatever is finished is summarised in `OUT.json`.
+on where it was stopped, within a run too. What is finished is summarised in `OUT.json` and
+`OUT_order.json`; `--cells=` does that alone.
 """
 
 import argparse
@@ -93,7 +94,7 @@ def run_cell(cell: Cell, out: pathlib.Path, folder: pathlib.Path) -> None:
       factors=list(source.lattice.names), data='shapes3d_like', config='shapes_qlae')
 
 
-def summary(out: pathlib.Path) -> dict[str, Any]:
+def summary(out: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """Mean and deviation of every model and decay that has finished cells, and who comes first.
 
   The deviation is over seeds, n - 1 in the denominator; None for one seed. A model is ranked at the
@@ -101,30 +102,45 @@ def summary(out: pathlib.Path) -> dict[str, Any]:
   the same advantage for all three.
   """
   cells = [json.loads(path.read_text())['results'] for path in sorted(out.glob('*.json'))]
-  rows = []
+  rows, best = {}, {}
   for model in MODELS:
     for decay in sorted(DECAYS):
       chosen = [c for c in cells if (c['model'], c['weight_decay']) == (model, decay)]
-      if chosen:
-        rows.append({'model': model, 'weight_decay': decay, 'seeds': len(chosen),
-                     'active': float(np.mean([sum(c['active']) for c in chosen])),
-                     **{name: _spread([c[name] for c in chosen]) for name in MEASURES}})
-  best = {}
-  for row in sorted(rows, key=lambda r: _mean(r, 'infom') + _mean(r, 'infoc')):
-    best[row['model']] = row
-  ranks = []
+      if not chosen:
+        continue
+      row: dict[str, Any] = {
+          'model': model, 'weight_decay': decay, 'seeds': len(chosen),
+          'active': float(np.mean([sum(c['active']) for c in chosen])),
+          **{name: _spread([c[name] for c in chosen]) for name in MEASURES}}
+      rows[f'{model} {decay:g}'] = row
+      if model not in best or _chosen_by(row) > _chosen_by(best[model]):
+        best[model] = row
+  order = []
   for name in MEASURES:
-    order = sorted(best.values(), key=lambda r: _mean(r, name), reverse=True)
-    ranks.append({
-        'measure': name, 'first': order[0]['model'] if order else None,
-        'order': ' > '.join(f'{r["model"]} {r[name]["text"]}' for r in order)})
-  return {'rows': rows, 'best': [best[model] for model in MODELS if model in best],
-          'ranks': ranks, 'finished': len(cells), 'cells': len(CELLS)}
+    ranked = sorted(best.values(), key=lambda row: _mean(row, name), reverse=True)
+    order.append({
+        'measure': name, 'first': ranked[0]['model'] if ranked else None,
+        'order': ' > '.join(f'{row["model"]} {row[name]["text"]}' for row in ranked)})
+  return rows, order
+
+
+def _chosen_by(row: dict[str, Any]) -> float:
+  return _mean(row, 'infom') + _mean(row, 'infoc')
 
 
 def _mean(row: dict[str, Any], name: str) -> float:
   value = row[name]['mean']
   return -math.inf if value is None else value
+
+
+def write_summary(out: pathlib.Path) -> None:
+  """`OUT.json`, a row per model and decay, and `OUT_order.json`, a row per measure."""
+  rows, order = summary(out)
+  command = 'python -m smalti.launch.disentangle'
+  finished = {'finished': len(list(out.glob('*.json'))), 'cells': len(CELLS)}
+  for path, results in ((out.with_suffix('.json'), rows),
+                        (out.with_name(f'{out.name}_order.json'), order)):
+    provenance.record(path, command, results, libraries=('scikit-learn',), **finished)
 
 
 def _spread(values: list[float | None]) -> dict[str, Any]:
@@ -158,8 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
       except exits.Preempted as error:
         say(str(error))
         return exits.PREEMPTED
-  provenance.record(options.out.with_suffix('.json'), 'python -m smalti.launch.disentangle',
-                    summary(options.out), libraries=('scikit-learn',))
+      write_summary(options.out)
+  write_summary(options.out)
   return exits.FINISHED
 
 

@@ -10,7 +10,16 @@ from flax import nnx
 
 from smalti.data import factors
 from smalti.launch import cli, disentangle, provenance
-from smalti.launch.disentangle import CELLS, DECAYS, MODELS, SEEDS, Cell, measure, summary
+from smalti.launch.disentangle import (
+  CELLS,
+  DECAYS,
+  MEASURES,
+  MODELS,
+  SEEDS,
+  Cell,
+  measure,
+  summary,
+)
 from smalti.tokenizers.styled import StyledConfig
 
 
@@ -44,13 +53,13 @@ def test_mean_deviation_and_order(tmp_path):
     cell_file(tmp_path, 'qlae', 1.0, seed, infom=value, psnr=20.0 + seed)
   cell_file(tmp_path, 'qlae', 0.1, 0, infom=0.1, infoc=0.1, infoe=0.99)
   cell_file(tmp_path, 'ae', 1.0, 0, infom=0.3, psnr=30.0)
-  found = summary(tmp_path)
-  assert (found['finished'], found['cells']) == (4, 27)
-  row = next(r for r in found['rows'] if (r['model'], r['weight_decay']) == ('qlae', 1.0))
+  rows, order = summary(tmp_path)
+  assert list(rows) == ['qlae 0.1', 'qlae 1', 'ae 1']
+  row = rows['qlae 1']
   assert row['infom'] == {
       'mean': pytest.approx(0.6), 'deviation': pytest.approx(0.2 / 2**0.5), 'text': '0.600 ± 0.141'}
   assert row['seeds'] == 2 and row['active'] == 4
-  ranks = {r['measure']: r for r in found['ranks']}
+  ranks = {r['measure']: r for r in order}
   assert ranks['infom']['order'] == 'qlae 0.600 ± 0.141 > ae 0.300'
   assert ranks['psnr']['first'] == 'ae'
   assert ranks['infoe']['order'].startswith('qlae 0.500')  # at the decay chosen by InfoM and InfoC
@@ -59,10 +68,11 @@ def test_mean_deviation_and_order(tmp_path):
 def test_an_undefined_measure_does_not_spoil_the_summary(tmp_path):
   cell_file(tmp_path, 'qlae', 1.0, 0, infoc=None)
   cell_file(tmp_path, 'ae', 1.0, 0)
-  found = summary(tmp_path)
-  assert found['ranks'][1]['first'] == 'ae'
-  json.dumps(found, allow_nan=False)
-  assert summary(tmp_path / 'empty')['finished'] == 0
+  rows, order = summary(tmp_path)
+  assert order[1]['measure'] == 'infoc' and order[1]['first'] == 'ae'
+  assert rows['qlae 1']['infoc']['text'] == 'undefined'
+  json.dumps([rows, order], allow_nan=False)
+  assert summary(tmp_path / 'empty')[0] == {}
 
 
 def test_finished_cells_are_skipped(tmp_path, monkeypatch):
@@ -78,7 +88,10 @@ def test_finished_cells_are_skipped(tmp_path, monkeypatch):
   assert disentangle.main([*command, f'--cells={names[1]}']) == 0
   assert disentangle.main([*command, f'--cells={",".join(names)}']) == 0
   assert done == [names[1], names[0], names[2]]
-  assert provenance.load(tmp_path / 'infomec.json')['results']['finished'] == 3
+  written = provenance.load(tmp_path / 'infomec.json')
+  assert written['finished'] == 3 and len(written['results']) == 3
+  assert len(provenance.load(tmp_path / 'infomec_order.json')['results']) == len(MEASURES)
+  assert disentangle.main([*command, '--cells=']) == 0 and len(done) == 3
 
 
 def test_unknown_cells_are_refused(tmp_path, capsys):
