@@ -89,7 +89,7 @@ def test_finished_cells_are_skipped(tmp_path, monkeypatch):
   assert disentangle.main([*command, f'--cells={",".join(names)}']) == 0
   assert done == [names[1], names[0], names[2]]
   written = provenance.load(tmp_path / 'infomec.json')
-  assert written['finished'] == 3 and len(written['results']) == 3
+  assert written['finished'] == 3 and written['results']['qlae 1']['seeds'] == 3
   assert len(provenance.load(tmp_path / 'infomec_order.json')['results']) == len(MEASURES)
   assert disentangle.main([*command, '--cells=']) == 0 and len(done) == 3
 
