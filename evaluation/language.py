@@ -24,6 +24,7 @@ from smalti.evaluation import codes, ngrams, zipf
 from smalti.evaluation.scans import Scan, path
 from smalti.tokenizers.spec import TokenSpec
 
+Control = Literal['shuffled', 'unigram'] | None
 Tokens = Int[np.ndarray, '_b _n _d']
 Stream = Int[np.ndarray, '_b _n']  # one token per place in scan order; -1 after the end
 
@@ -103,50 +104,48 @@ def report_language(spec: TokenSpec, train: Tokens, held_out: Tokens, *,
   Variants are 'tokens', 'shuffled' and 'unigram'; values are plain numbers, ready for JSON.
   Raises ValueError for tokens that do not fit `spec`, an unknown scan, and no images.
   """
-  out: dict[str, Any] = {}
-  for depth in range(spec.depth):
-    out[f'depth{depth}'] = {scan: {
-        name: dataclasses.asdict(language(spec, train, held_out, depth=depth, scan=scan,
-                                          control=control, seed=seed))
-        for name, control in (('tokens', None), ('shuffled', 'shuffled'), ('unigram', 'unigram'))}
-        for scan in scans}
-  return out
+  variants: dict[str, Control] = {'tokens': None, 'shuffled': 'shuffled', 'unigram': 'unigram'}
+  return {f'depth{depth}': {scan: {
+      name: dataclasses.asdict(language(spec, train, held_out, depth=depth, scan=scan,
+                                        control=control, seed=seed))
+      for name, control in variants.items()} for scan in scans} for depth in range(spec.depth)}
 
 
 def language(spec: TokenSpec, train: Tokens, held_out: Tokens, *, depth: int = 0,
-             scan: Scan = 'raster', control: Literal['shuffled', 'unigram'] | None = None,
-             seed: int = 0) -> Language:
+             scan: Scan = 'raster', control: Control = None, seed: int = 0) -> Language:
   """Everything about one depth along one scan, of the tokens or of a control."""
   if not len(train) or not len(held_out):
     raise ValueError(f'{len(train)} training and {len(held_out)} held-out images; '
                      'give at least one of each.')
   vocab, rng = spec.vocab[depth], np.random.default_rng((seed, depth))
-  parts = [streams(spec, x, scan) for x in (train, held_out)]
-  own = [part[depth] for part in parts]
+  levels, asked_levels = (streams(spec, x, scan) for x in (train, held_out))
+  own, asked = levels[depth], asked_levels[depth]
+  counts = np.bincount(own[own >= 0], minlength=vocab)
   if control == 'shuffled':
-    own = [shuffled(x, rng, spec.eos) for x in own]
+    own, asked = (shuffled(x, rng, spec.eos) for x in (own, asked))
   elif control == 'unigram':
-    counts = np.bincount(own[0][own[0] >= 0], minlength=vocab)
-    own = [unigram(x, counts, rng, spec.eos) for x in own]
-  counts = np.bincount(own[0][own[0] >= 0], minlength=vocab)
+    own, asked = (unigram(x, counts, rng, spec.eos) for x in (own, asked))
+    counts = np.bincount(own[own >= 0], minlength=vocab)
   use, fixed = codes.code_use(counts), (vocab - 1).bit_length()
-  prefix, packed = huffman(counts), 8 * len(compress(own[0], vocab)) / use.tokens
-  bits = -ngrams.kneser_ney(*(ngrams.preceding(x, ORDERS, vocab) for x in own), vocab).mean(1)
-  beside = scan == 'raster' and len(spec.grid) == 2 and spec.eos is None
-  near = None if not beside else -ngrams.kneser_ney(
-      *(_neighbours(x, spec.grid, vocab) for x in own), vocab).mean(1)
-  coarse = None if depth == 0 else -ngrams.kneser_ney(
-      *(_given(x, part[depth - 1]) for x, part in zip(own, parts)), vocab).mean(1)
+  prefix, packed = huffman(counts), 8 * len(compress(own, vocab)) / use.tokens
+
+  def bits(rows: ngrams.Rows, asked_rows: ngrams.Rows) -> list[float]:
+    return [-float(x) for x in ngrams.kneser_ney(rows, asked_rows, vocab).mean(1)]
+
+  orders = bits(ngrams.preceding(own, ORDERS, vocab), ngrams.preceding(asked, ORDERS, vocab))
+  near = coarse = None
+  if scan == 'raster' and len(spec.grid) == 2 and spec.eos is None:
+    near = bits(_neighbours(own, spec.grid, vocab), _neighbours(asked, spec.grid, vocab))
+  if depth:
+    coarse = bits(_given(own, levels[depth - 1]), _given(asked, asked_levels[depth - 1]))
   return Language(
-      images=len(train), tokens=use.tokens, held_out=int((own[1] >= 0).sum()), vocab=vocab,
+      images=len(train), tokens=use.tokens, held_out=int((asked >= 0).sum()), vocab=vocab,
       fixed=fixed, entropy=use.entropy, entropy_corrected=use.entropy_corrected, huffman=prefix,
       huffman_saved=1 - prefix / fixed, lzma=packed, lzma_saved=1 - packed / fixed,
-      perplexity=tuple(2 ** float(b) for b in bits),
-      given_left=None if near is None else float(near[1]),
-      given_left_up=None if near is None else float(near[2]),
-      given_coarser=None if coarse is None else float(coarse[1]),
-      codes=zipf.ranks(counts), grams=tuple(grams(own[0], vocab)),
-      innovation=innovation(own[0], vocab, rng))
+      perplexity=tuple(2 ** x for x in orders), given_left=near[1] if near else None,
+      given_left_up=near[2] if near else None, given_coarser=coarse[1] if coarse else None,
+      codes=zipf.ranks(counts), grams=tuple(grams(own, vocab)),
+      innovation=innovation(own, vocab, rng))
 
 
 def streams(spec: TokenSpec, tokens: Tokens, scan: Scan = 'raster') -> list[Stream]:
