@@ -7,6 +7,7 @@ tensor_shape = 2, tensor_content = 4, float_val = 5}, TensorShapeProto {dim = 2}
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -82,8 +83,8 @@ def _text(data: memoryview) -> str:
   return str(data, 'utf-8')
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
-  """(number, wire type, value) of the fields of a message: an int of a varint, else its bytes."""
+def _fields(data: memoryview) -> Iterator[tuple[int, int, Any]]:
+  """(number, wire type, value) of the fields of a message: varints as int, others as memoryview."""
   at = 0
   while at < len(data):
     tag, at = _varint(data, at)

@@ -158,7 +158,7 @@ def export(state: Any, convention: Convention) -> dict[str, np.ndarray]:
           for path, leaf in nnx.to_flat_state(state)}
 
 
-def names(path: tuple[str, ...]) -> dict[Convention, str]:
+def names(path: conversion.Path) -> dict[Convention, str]:
   """What the graph, torch's state dict and the TorchScript file call the leaf at `path`."""
   *scopes, leaf = path
   scope = '/'.join(scopes)

@@ -193,13 +193,13 @@ def _views(value: Any) -> Iterator[tuple[str, _View]]:
 
 def _view(call: pickles.Call) -> _View | None:
   """The tensor that a call makes; None where it makes none."""
-  arguments = call.arguments
+  arguments: tuple[Any, ...] = call.arguments
   if call.name in _REBUILD:
     return _checked(*arguments[:4])
   if call.name == 'torch._utils._rebuild_parameter':
     return _view(arguments[0])
   if _TENSOR.fullmatch(call.name):  # before 2018: the tensor is an argument, or in the state
-    state = call.state if isinstance(call.state, tuple) else ()
+    state: tuple[Any, ...] = call.state if isinstance(call.state, tuple) else ()
     if len(state) == 4:
       return _checked(*state)
     return _view(arguments[0] if arguments else state[0])
@@ -208,7 +208,7 @@ def _view(call: pickles.Call) -> _View | None:
 
 def _storage(reference: Any) -> tuple[str, np.dtype]:
   """The key of a storage, and the type of its numbers."""
-  key = reference.key if isinstance(reference, pickles.Reference) else ()
+  key: tuple[Any, ...] = reference.key if isinstance(reference, pickles.Reference) else ()
   if len(key) not in (5, 6) or key[0] != 'storage' or not isinstance(key[2], str):
     raise ValueError('a tensor without a storage')
   kind = _STORAGE.fullmatch(key[1])

@@ -1,11 +1,12 @@
-"""Our converted networks against the ones whose files they read: `docs/results/inception_peers.json`.
+"""Converted networks against the ones they were converted from.
 
     python -m smalti.launch.inception_peers --peer_python=PYTHON [--out=docs/results]
 
 PYTHON has torch, torch-fidelity, torchvision, lpips and clean-fid. It draws random weights, saves
 them in the formats that weights are published in, and writes what its networks make of some images
 (`launch/peers/inception.py`); here the files are read, the same images go through our networks, and
-the largest differences are recorded. The published weights themselves are not needed.
+the largest differences are recorded in OUT/inception_peers.json. The published weights themselves
+are not needed.
 """
 
 import argparse
@@ -40,8 +41,8 @@ def measure(peer_python: str) -> tuple[list[dict], dict]:
       images = want[f'{size}/images']
       for mode in ('tf1', 'legacy_pytorch', 'clean'):
         levels = images / np.float32(255) if mode == 'legacy_pytorch' else images.astype(np.float32)
-        got = getattr(resize, mode)(levels, SIDE)
-        rows.append(_row(f'resize {mode}, {_shape(images)}', np.asarray(got), want[f'{size}/{mode}']))
+        got = np.asarray(getattr(resize, mode)(levels, SIDE))
+        rows.append(_row(f'resize {mode}, {_shape(images)}', got, want[f'{size}/{mode}']))
     for file_name, weights in FILES.items():
       extractor = inception.load(folder / file_name, batch=2)
       for size in ('small', 'large') if file_name == 'random.pth' else ('small',):

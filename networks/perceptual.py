@@ -72,7 +72,7 @@ class Trunk(nnx.Module):
     if net not in CHANNELS:
       raise ValueError(f'{net=} must be one of {", ".join(CHANNELS)}.')
     stages, self.pools = _NETS[net](rngs)
-    self.stages = nnx.List([nnx.List(stage) for stage in stages])
+    self.stages = nnx.List([nnx.List(list(stage)) for stage in stages])
 
   def __call__(self, x: Float[Array, 'b h w 3']) -> list[Float[Array, 'b _h _w _c']]:
     if min(x.shape[1:3]) < SMALLEST:
@@ -100,11 +100,12 @@ def _pool(size: int, *, partial: bool = False) -> Callable[[Array], Array]:
 
 _HALF, _OVERLAPPING, _PARTIAL = _pool(2), _pool(3), _pool(3, partial=True)
 Pool = Callable[[Array], Array] | None
-Stages = tuple[list[list[nnx.Module]], tuple[Pool, ...]]
+Stages = tuple[Sequence[Sequence[nnx.Module]], Sequence[Pool]]
 
 
 def _vgg(rngs: nnx.Rngs) -> Stages:
-  stages, inside = [], 3
+  stages: list[list[nnx.Module]] = []
+  inside = 3
   for outside, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
     stages.append([Rectified(outside if i else inside, outside, 3, padding=1, rngs=rngs)
                    for i in range(count)])
@@ -125,10 +126,10 @@ def _squeeze(rngs: nnx.Rngs) -> Stages:
   def fire(inside: int, middle: int, outside: int) -> Fire:
     return Fire(inside, middle, outside, rngs=rngs)
 
-  stages = [[Rectified(3, 64, 3, strides=2, rngs=rngs)],
-            [fire(64, 16, 64), fire(128, 16, 64)],
-            [fire(128, 32, 128), fire(256, 32, 128)],
-            [fire(256, 48, 192)], [fire(384, 48, 192)], [fire(384, 64, 256)], [fire(512, 64, 256)]]
+  stages: list[list[nnx.Module]] = [
+      [Rectified(3, 64, 3, strides=2, rngs=rngs)],
+      [fire(64, 16, 64), fire(128, 16, 64)], [fire(128, 32, 128), fire(256, 32, 128)],
+      [fire(256, 48, 192)], [fire(384, 48, 192)], [fire(384, 64, 256)], [fire(512, 64, 256)]]
   return stages, (None, *[_PARTIAL] * 3, None, None, None)
 
 

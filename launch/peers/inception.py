@@ -2,9 +2,9 @@
 
     python launch/peers/inception.py FOLDER
 
-runs under an interpreter that has torch, torch-fidelity, torchvision, lpips and clean-fid; it is the
-other side of `launch/inception_peers.py`, which says what it reads. Weights are drawn so that
-activations keep their size; nothing is downloaded and nothing of ours is imported.
+runs under an interpreter that has torch, torch-fidelity, torchvision, lpips and clean-fid; it is
+the other side of `launch/inception_peers.py`. Weights are drawn so that activations keep their
+size; nothing is downloaded and nothing of ours is imported.
 """
 
 import functools
