@@ -2,8 +2,8 @@
 
 The networks of Hsu et al. 2023 (arXiv 2305.18378), small. The decoder starts from a learned
 constant and sees the image only through the scale and shift of its instance norms, as in StyleGAN
-(Karras et al. 2019, arXiv 1812.04948). One convolution per resolution and space-to-depth at the
-pixels, where the paper has three and a convolution at full size: twenty times less work.
+(Karras et al. 2019, arXiv 1812.04948). One convolution per resolution and patches at the pixels,
+where the paper's code has three and begins at full size: a few hundredths of its work.
 """
 
 import math
