@@ -5,8 +5,10 @@ import lzma
 
 import numpy as np
 import pytest
+from sklearn.cluster import MiniBatchKMeans
 
-from smalti.evaluation import language
+from smalti.data import downloads
+from smalti.evaluation import language, scans
 from smalti.tokenizers.spec import TokenSpec
 
 
@@ -158,3 +160,24 @@ def test_refusals():
     language.language(SPEC, tokens + 1, tokens)
   with pytest.raises(ValueError, match='raster, snake'):
     language.language(SPEC, tokens, tokens, scan='spiral')
+
+
+@pytest.mark.slow
+@pytest.mark.needs_data
+def test_patches_of_photographs_have_order():
+  """256 mean patches of 4x4 pixels as codes: neighbours tell, and controls know nothing of it."""
+  pixels = downloads.CifarJpegConfig().open('eval').read(np.arange(5000))['image']
+  patches = pixels.reshape(-1, 8, 4, 8, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 48)
+  model = MiniBatchKMeans(256, random_state=0, n_init=1).fit(patches[:64_000].astype(np.float32))
+  tokens = model.predict(patches.astype(np.float32)).reshape(-1, 64, 1)
+  spec = TokenSpec(grid=(8, 8), vocab=(256,))
+  result = language.report_language(spec, tokens[:4000], tokens[4000:], scans=scans.SCANS)
+  for scan, table in result['depth0'].items():
+    for name, row in table.items():
+      print(scan, name, {k: v for k, v in row.items() if k not in ('codes', 'grams', 'innovation')})
+  for table in result['depth0'].values():
+    real, mixed, drawn = (min(table[x]['perplexity']) for x in ('tokens', 'shuffled', 'unigram'))
+    assert real < .8 * mixed < .8 * drawn  # order within images, then what images share
+    assert table['tokens']['lzma'] < table['shuffled']['lzma'] < table['unigram']['lzma']
+  raster = result['depth0']['raster']['tokens']
+  assert raster['given_left_up'] < raster['given_left'] - .2
