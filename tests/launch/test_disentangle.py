@@ -62,6 +62,7 @@ def test_mean_deviation_and_order(tmp_path):
   ranks = {r['measure']: r for r in order}
   assert ranks['infom']['order'] == 'qlae 0.600 ± 0.141 > ae 0.300'
   assert ranks['psnr']['first'] == 'ae'
+  assert ranks['infom']['as_published'] is True and ranks['psnr']['as_published'] is None
   assert ranks['infoe']['order'].startswith('qlae 0.500')  # at the decay chosen by InfoM and InfoC
 
 
@@ -69,6 +70,7 @@ def test_an_undefined_measure_does_not_spoil_the_summary(tmp_path):
   cell_file(tmp_path, 'qlae', 1.0, 0, infoc=None)
   cell_file(tmp_path, 'ae', 1.0, 0)
   rows, order = summary(tmp_path)
+  assert order[0]['as_published'] is (order[0]['first'] == 'qlae')
   assert order[1]['measure'] == 'infoc' and order[1]['first'] == 'ae'
   assert rows['qlae 1']['infoc']['text'] == 'undefined'
   json.dumps([rows, order], allow_nan=False)
