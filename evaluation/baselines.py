@@ -92,7 +92,8 @@ def baselines(train: Images, images: Images, *, bits: float | None = None,
 
 def at_bits(points: Sequence[Point], bits: float) -> AtBits | None:
   """One curve at `bits` per image; None beyond its ends."""
-  known = sorted((p for p in points if p.error.psnr is not None), key=lambda p: p.bits)
+  known = sorted((p for p in points if p.error.psnr is not None and p.bits > 0),
+                 key=lambda p: p.bits)
   if not known or not known[0].bits <= bits <= known[-1].bits:
     return None
   place = np.log2([p.bits for p in known])

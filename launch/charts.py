@@ -30,23 +30,24 @@ class Line:
 
 
 def chart(title: str, lines: Sequence[Line], identity: str, *, linear: bool = False,
-          across: str = 'step', dots: bool = False) -> str:
+          across: str = 'step', dots: bool = False, values: bool = True) -> str:
   """A figure of HTML: title, legend with the last values, and the drawing.
 
-  The vertical axis is logarithmic where all values are positive and span a factor of 30, unless
-  `linear`.
+  An axis is logarithmic where all its values are positive and span a factor of 30, the vertical one
+  unless `linear`, and the horizontal one unless it is 'step'.
 
   Args:
     identity: unique within the page; element ids begin with it.
     across: what the horizontal axis is; written below it unless it is 'step'.
-    dots: points that no line joins, without last values in the legend.
+    dots: points that no line joins.
+    values: whether the legend says the last values.
   """
   if len(lines) > LINES:
     chosen = np.linspace(0, len(lines) - 1, LINES).round().astype(int)
     title, lines = f'{title} ({LINES} of {len(lines)})', [lines[i] for i in chosen]
   legend = ''.join(
       f'<li><i class="swatch{" dotted" if line.held_out else ""}" style="--c:var(--line{i})"></i>'
-      f'{html.escape(line.name)}{"" if dots else f" <b>{number(line.values[-1])}</b>"}</li>'
+      f'{html.escape(line.name)}{f" <b>{number(line.values[-1])}</b>" if values else ""}</li>'
       for i, line in enumerate(lines))
   return (f'<figure class="chart"><figcaption><h4>{html.escape(title)}</h4><ul>{legend}</ul>'
           f'</figcaption>{_svg(title, lines, identity, linear, across, dots)}</figure>')
@@ -101,10 +102,15 @@ def _svg(title: str, lines: Sequence[Line], identity: str, linear: bool, across:
       axes.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3))
       if high >= 1000:
         axes.yaxis.set_major_formatter(EngFormatter(sep=''))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=across == 'step'))
+    steps = np.concatenate([line.steps for line in lines])
     if across != 'step':
       axes.set_xlabel(across)
-    if max(line.steps[-1] for line in lines) >= 10_000:
+    if across != 'step' and steps.min() > 0 and steps.max() > 30 * steps.min():
+      axes.set_xscale('log')
+      axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+      axes.xaxis.set_major_locator(MaxNLocator(5, integer=across == 'step'))
+    if across == 'step' and steps.max() >= 10_000:
       axes.xaxis.set_major_formatter(EngFormatter(sep=''))
     buffer = io.StringIO()
     nothing = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))

@@ -198,7 +198,8 @@ def _trades(groups: list[Group], axes: dict[str, list[Any]], scores: dict[str, S
              charts.Line('unbeaten', x[front][order], y[front][order])]
     said = '; '.join(_said(g, axes) for g, kept in zip(chosen, front) if kept)
     figures.append(
-        '<div>' + charts.chart(f'{right} over {left}', lines, f'trade-{i}', across=a, dots=True)
+        '<div>' + charts.chart(f'{right} over {left}', lines, f'trade-{i}', across=a, dots=True,
+                                values=False)
         + f'<p class="about">Unbeaten: {page.escape(said)}.</p></div>')
   return f'<h3>Trade-offs</h3><div class="charts">{"".join(figures)}</div>' if figures else ''
 

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smalti.evaluation import agreement, codes, features, memorization, reconstruction
-from smalti.evaluation.frechet import frechet_distance
+from smalti.evaluation import agreement, codes, features, memorization
 from smalti.evaluation.manifest import Score, read_file, write_scores
 from smalti.launch import cli, run as runs, state as states
+from smalti.launch.fidelity import tokenizer_scores
 from smalti.launch.gallery import open_gallery
 from smalti.launch.judge import (
     BATCH,
@@ -33,11 +33,9 @@ from smalti.launch.judge import (
     references,
 )
 from smalti.launch.progress import say, track
-from smalti.launch.reconstruct import reconstruct
+from smalti.launch.reconstruct import encoded
 from smalti.launch.sample import Sampler, Samples, in_turn, resolve_settings
 from smalti.launch.scores import Scores
-from smalti.networks.pixels import to_float
-from smalti.tokenizers.tokenizer import encode
 
 LARGEST = 20_000  # real images read for baselines and judges
 KEPT = 2_000  # samples whose images are kept for distances to the training images
@@ -64,52 +62,9 @@ class Split:
     return hashlib.sha256(np.ascontiguousarray(self.images)).hexdigest()[:16]
 
 
-def evaluate_tokenizer(loaded: runs.Loaded, scores: Scores, held_out: Split) -> None:
-  """PSNR, SSIM and code use over all held-out examples."""
-  for keep in loaded.spec.budgets or (None,):
-    images, tokens = reconstruct(loaded, held_out.images, keep=keep)
-    result = reconstruction.compare(held_out.images, images)
-    suffix = '' if keep is None else f'_keep{keep}'
-    common: dict[str, Any] = dict(samples=result.images, reference=held_out.fingerprint,
-                  reference_samples=result.images)
-    if result.psnr is not None:
-      scores.add(f'psnr{suffix}', result.psnr, unit='dB', higher=True, exact=result.exact,
-                 bits_per_example=loaded.spec.bits, **common)
-    scores.add(f'{result.ssim_name}{suffix}', result.ssim, higher=True, **common)
-  for d, count in enumerate(codes.counts(loaded.spec, tokens)):
-    use = codes.code_use(count)
-    suffix = '' if loaded.spec.depth == 1 else f'_depth{d}'
-    scores.add(f'usage{suffix}', use.usage, unit='share', higher=True, samples=len(tokens),
-               tokens=use.tokens, dead=use.dead, vocab=use.vocab)
-    scores.add(f'perplexity{suffix}', use.perplexity, higher=True, samples=len(tokens),
-               tokens=use.tokens, vocab=use.vocab)
-
-
-def evaluate_reconstructions(loaded: runs.Loaded, scores: Scores, judge: Judge,
-                             data: Any) -> None:
-  """Frechet distance of held-out images and their reconstructions (rFD), per budget."""
-  source = data.open('eval')
-  n = judge.held_out[0].n
-  extractor = judge.extractor
-  for keep in loaded.spec.budgets or (None,):
-    def batches(keep=keep):
-      for first in range(0, n, BATCH):
-        rows = source.read(np.arange(first, min(first + BATCH, n)))['image']
-        yield reconstruct(loaded, rows, keep=keep, batch_size=BATCH)[0]
-
-    found = accumulate(judge, batches(), n, loaded.fingerprint).finish()
-    values = [frechet_distance(x.moments, real.moments)
-              for x, real in zip(found, judge.held_out)]
-    suffix = '' if keep is None else f'_keep{keep}'
-    scores.add(f'rfd_{extractor.name}_{extractor.sha256[:8]}{suffix}', values[0], higher=False,
-               samples=n, extractor=extractor, reference=judge.held_out[0].source,
-               reference_samples=n, untrained=values[1])
-
-
 def tokenize(tokenizer: runs.Loaded, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
-  return np.concatenate([
-      np.asarray(encode(tokenizer.model, to_float(jnp.asarray(images[i:i + batch_size]))))
-      for i in range(0, len(images), batch_size)])
+  return np.concatenate([np.asarray(encoded(tokenizer, images[i:i + batch_size]))
+                         for i in range(0, len(images), batch_size)])
 
 
 def bits_per_token(loaded: runs.Loaded, tokens: np.ndarray, labels: np.ndarray | None,
@@ -206,9 +161,8 @@ def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = N
              'extractor': extractor, 'name': name}
   if hasattr(loaded.model, 'encode'):
     scores = Scores(loaded)
-    evaluate_tokenizer(loaded, scores, Split.read(data, 'eval'))
-    judge = open_judge(data, references(folder), n=n, extractor=extractor)
-    evaluate_reconstructions(loaded, scores, judge, data)
+    judge = open_judge(data, references(folder), n=10**9, extractor=extractor)
+    tokenizer_scores(loaded, scores, judge, data, tables=folder / 'evaluation' if write else None)
   elif hasattr(loaded.model, 'sample'):
     codec = runs.load_tokenizer(loaded, tokenizer)
     chosen = resolve_settings(loaded, settings or {})

@@ -28,6 +28,7 @@ class Run:
     metrics: (steps, values) by name, without non-finite values.
     scores: by name of their file: '' of scores.json, 'guided' of scores_guided.json.
     pictures: paths by kind, the newest step last.
+    tables: what `evaluate` kept for the page, by name: 'distortion' and 'language'.
     notes: what was left out, in plain words.
   """
   title: str
@@ -35,6 +36,7 @@ class Run:
   metrics: dict[str, tuple[np.ndarray, np.ndarray]]
   scores: dict[str, list[Score]]
   pictures: dict[str, list[pathlib.Path]]
+  tables: dict[str, Any]
   notes: list[str]
 
 
@@ -60,8 +62,14 @@ def read(title: str, workdir: Path) -> Run:
     except ValueError as error:
       notes.append(f'{path.name} could not be read ({str(error).replace(str(path), path.name)}).')
   pictures = {kind: sorted((workdir / kind).glob('*.png'), key=step_of) for kind in PICTURES}
+  tables = {}
+  for path in sorted((workdir / 'evaluation').glob('*.json')):
+    try:
+      tables[path.stem] = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+      notes.append(f'evaluation/{path.name} could not be read ({error}).')
   metrics = read_metrics(workdir / 'metrics.jsonl', notes)
-  return Run(title, config, metrics, scores, pictures, notes)
+  return Run(title, config, metrics, scores, pictures, tables, notes)
 
 
 def read_metrics(path: pathlib.Path, notes: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from smalti.evaluation.reconstruction import compare
 from smalti.launch import cli, pictures, run as runs
@@ -15,16 +16,24 @@ from smalti.networks.pixels import to_float, to_uint8
 from smalti.tokenizers.tokenizer import decode, encode
 
 
+def encoded(tokenizer: runs.Loaded, images: np.ndarray) -> Int[Array, 'b n d']:
+  """Tokens of uint8 images."""
+  return encode(tokenizer.model, to_float(jnp.asarray(images)))
+
+
+def decoded(tokenizer: runs.Loaded, tokens: Any, *, keep: int | None = None) -> np.ndarray:
+  """uint8 images of tokens, or of their prefixes of `keep` entries."""
+  keeps = None if keep is None else jnp.full(len(tokens), keep, jnp.int32)
+  return np.asarray(to_uint8(decode(tokenizer.model, jnp.asarray(tokens), keep=keeps)))
+
+
 def reconstruct(tokenizer: runs.Loaded, images: np.ndarray, *, batch_size: int = 256,
                 keep: int | None = None) -> tuple[np.ndarray, np.ndarray]:
   """(reconstructions uint8 like `images`, tokens int32[n, N, D]) of uint8 images."""
   parts = []
   for first in range(0, len(images), batch_size):
-    part = images[first:first + batch_size]
-    tokens = encode(tokenizer.model, to_float(jnp.asarray(part)))
-    keeps = None if keep is None else jnp.full(len(part), keep, jnp.int32)
-    parts.append((np.asarray(to_uint8(decode(tokenizer.model, tokens, keep=keeps))),
-                  np.asarray(tokens)))
+    tokens = encoded(tokenizer, images[first:first + batch_size])
+    parts.append((decoded(tokenizer, tokens, keep=keep), np.asarray(tokens)))
   images, tokens = (np.concatenate(part) for part in zip(*parts))
   return images, tokens
 

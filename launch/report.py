@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 import smalti
-from smalti.launch import charts, cli, page
+from smalti.launch import charts, cli, page, portrait
 from smalti.launch.history import Path, Run, natural, read, step_of
 from smalti.launch.progress import say
 
@@ -72,7 +72,7 @@ def write_report(out: Path, runs: Sequence[tuple[str, Path]] | None = None, *,
 def _section(run: Run, identity: str, folder: pathlib.Path, alone: bool) -> str:
   """The HTML of one run, with its pictures copied to `folder`."""
   parts = [page.facts(_facts(run)), _pictures(run, identity, folder), _scores(run),
-           _charts(run, identity), _config(run.config)]
+           portrait.section(run.tables, identity), _charts(run, identity), _config(run.config)]
   if not any(parts):
     parts.append('<p class="about">This run has logged nothing yet.</p>')
   if run.notes:

@@ -1,10 +1,8 @@
 """The report: opens from disk, links only to what is there, survives what is missing or hostile."""
 
-import html.parser
 import json
 import re
 import shutil
-import urllib.parse
 
 import numpy as np
 import pytest
@@ -12,59 +10,7 @@ import pytest
 from smalti.evaluation.manifest import Score, versions, write_scores
 from smalti.launch import charts, pictures, report
 
-VOID = {'meta', 'img', 'br', 'wbr', 'hr', 'link', 'input'}
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)> & \'quotes\''
-
-
-class Page(html.parser.HTMLParser):
-  """Collects links, ids and tags, and checks that tags nest."""
-
-  def __init__(self, path):
-    super().__init__()
-    self.path, self.links, self.ids, self.tags, self.open = path, [], [], [], []
-    self.text, self.attributes = '', []
-    self.source = path.read_text(encoding='utf-8')
-    self.feed(self.source)
-    self.close()
-    assert not self.open, self.open
-
-  def handle_starttag(self, tag, attributes):
-    self.handle_startendtag(tag, attributes)
-    if tag not in VOID:
-      self.open.append(tag)
-
-  def handle_startendtag(self, tag, attributes):
-    self.tags.append(tag)
-    self.attributes += attributes
-    for name, value in attributes:
-      if name in ('src', 'href', 'xlink:href', 'srcset', 'action', 'data', 'poster'):
-        self.links.append(value)
-      if name == 'id':
-        self.ids.append(value)
-      self.links += re.findall(r'url\(([^)]*)\)', value or '')
-
-  def handle_endtag(self, tag):
-    assert self.open and self.open.pop() == tag, tag
-
-  def handle_data(self, data):
-    if self.open and self.open[-1] == 'style':
-      self.links += re.findall(r'url\(([^)]*)\)', data) + re.findall(r'@import[^;]*', data)
-    self.text += data
-
-  def check(self):
-    """Nothing remote, nothing broken, nothing that runs."""
-    for link in self.links:
-      parts = urllib.parse.urlsplit(link)
-      assert not parts.scheme and not parts.netloc, link
-      if parts.path:
-        assert (self.path.parent / urllib.parse.unquote(parts.path)).is_file(), link
-      else:
-        assert parts.fragment in self.ids, link
-    assert len(self.ids) == len(set(self.ids))
-    assert not {'script', 'iframe', 'object', 'embed', 'link', 'base', 'form'} & set(self.tags)
-    assert not [name for name, _ in self.attributes if name.startswith('on')]
-    assert '://' not in self.source
-    return self
 
 
 def score(name, value, **changes):
@@ -103,10 +49,10 @@ def run(tmp_path):
   return folder
 
 
-def test_a_whole_run(run):
+def test_a_whole_run(run, read_page):
   path = report.write_report(run)
   assert path == run / 'report' / 'index.html'
-  page = Page(path).check()
+  page = read_page(path)
   for text in ('Loss', 'held out', 'Learning rate', 'Usage', 'Samples', 'Reconstructions',
                'class_agreement', '0.875', 'floor 0.25', 'model.width', 'temperature 0.5',
                'Sampled with steps 4.',
@@ -121,7 +67,7 @@ def test_a_whole_run(run):
   assert report.write_report(run).read_text() == page.source  # the same run, the same page
 
 
-def test_several_runs_on_one_page(run, tmp_path):
+def test_several_runs_on_one_page(run, tmp_path, read_page):
   other = tmp_path / 'other'
   shutil.copytree(run, other)
   write_scores(other / 'scores.json', [
@@ -129,7 +75,7 @@ def test_several_runs_on_one_page(run, tmp_path):
   write_scores(run / 'scores_guided.json', [score('copies', .2, higher_is_better=False)])
   path = report.write_report(tmp_path / 'demo', [('First', run), ('Second', other)],
                              title='Both', text='One.\n\nTwo.')
-  page = Page(path).check()
+  page = read_page(path)
   assert page.path == tmp_path / 'demo' / 'report' / 'index.html'
   assert {'#run0', '#run1'} <= set(page.links) and {'run0', 'run1'} <= set(page.ids)
   table = page.source[page.source.index('Side by side'):page.source.index('</table>')]
@@ -139,7 +85,7 @@ def test_several_runs_on_one_page(run, tmp_path):
   assert 'not ranked: unlike samples' in table  # copies of 9 and of 64 samples are not
 
 
-def test_what_people_write_is_text(run, tmp_path):
+def test_what_people_write_is_text(run, tmp_path, read_page):
   config = json.loads((run / 'config.json').read_text())
   config['experiment']['model'][EVIL] = EVIL
   config['experiment']['model']['type'] = EVIL
@@ -154,36 +100,36 @@ def test_what_people_write_is_text(run, tmp_path):
   name = EVIL.replace('/', '')
   shutil.copy(run / 'samples' / 'step20_seed0.png', run / 'samples' / f'step30{name}.png')
   (run / 'samples' / f'step30{name}.json').write_text(json.dumps({EVIL: EVIL, 'settings': {}}))
-  page = Page(report.write_report(tmp_path / 'out', [(EVIL, run)], title=EVIL, text=EVIL)).check()
+  page = read_page(report.write_report(tmp_path / 'out', [(EVIL, run)], title=EVIL, text=EVIL))
   assert page.text.count('<script>alert(1)') >= 8
 
 
 @pytest.mark.parametrize('missing', ['config.json', 'metrics.jsonl', 'scores.json', 'samples',
                                      'reconstructions'])
-def test_without_one_piece(run, missing):
+def test_without_one_piece(run, missing, read_page):
   path = run / missing
   shutil.rmtree(path) if path.is_dir() else path.unlink()
-  Page(report.write_report(run)).check()
+  read_page(report.write_report(run))
 
 
-def test_an_empty_run(tmp_path):
+def test_an_empty_run(tmp_path, read_page):
   (tmp_path / 'metrics.jsonl').write_text('')
-  assert 'logged nothing yet' in Page(report.write_report(tmp_path)).check().text
+  assert 'logged nothing yet' in read_page(report.write_report(tmp_path)).text
 
 
 @pytest.mark.parametrize('content', ['\n\n', '{}\n', '[1]\n{"step": "x"}\n', '{"step": 1}\n',
                                      '{"step": 1, "loss": 2}\n', '{"step": 1e999, "loss": 1}\n',
                                      '{"step": 1, "loss": [1], "a": null, "b": {}}\n', '\x00\xff'])
-def test_odd_metrics(tmp_path, content):
+def test_odd_metrics(tmp_path, content, read_page):
   (tmp_path / 'metrics.jsonl').write_text(content, encoding='latin-1')
-  Page(report.write_report(tmp_path)).check()
+  read_page(report.write_report(tmp_path))
 
 
-def test_damaged_pieces_are_named(run):
+def test_damaged_pieces_are_named(run, read_page):
   (run / 'config.json').write_text('{"format": 1')
   (run / 'scores.json').write_text('{"format": 7, "scores": []}')
   (run / 'samples' / 'step99.png').write_bytes(b'GIF89a not a picture')
-  page = Page(report.write_report(run)).check()
+  page = read_page(report.write_report(run))
   for text in ('config.json could not be read', 'scores.json could not be read',
                'samples/step99.png is no picture'):
     assert text in page.text

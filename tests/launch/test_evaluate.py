@@ -1,0 +1,116 @@
+"""`smalti evaluate`: files of anybody's images, references, and asking again."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from smalti.data.digits import DigitsConfig
+from smalti.evaluation.manifest import read_file, read_scores
+from smalti.evaluation.summary import Accumulator
+from smalti.launch import cli, evaluate, judge as judges
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick():
+  """The extractor is fitted once for all tests."""
+  with pytest.MonkeyPatch.context() as patch:
+    fit, known = judges._fitted, {}
+    patch.setattr(judges, '_fitted', lambda data, shape: known.setdefault(
+        shape, known.get(shape) or fit(data, shape)))
+    yield
+
+
+@pytest.fixture
+def digits():
+  source = DigitsConfig().open('train')
+  rows = source.read(np.arange(200))
+  return rows['image'], rows['label']
+
+
+def values(path):
+  return {score.name.split('_')[0]: score for score in read_scores(path)}
+
+
+def test_an_npz_and_a_folder_of_the_same_images_score_the_same(digits, tmp_path):
+  images, labels = digits
+  np.savez(tmp_path / 'a.npz', arr_0=images, arr_1=labels)
+  (tmp_path / 'b').mkdir()
+  for i, image in enumerate(images):
+    Image.fromarray(image[..., 0]).save(tmp_path / 'b' / f'{i}.png')
+  for name in ('a.npz', 'b'):
+    assert cli.main(['evaluate', f'--samples={tmp_path / name}', '--data=digits_vq']) == 0
+  a, b = (values(tmp_path / f'{name}.scores.json') for name in 'ab')
+  assert {'fd', 'kd', 'precision', 'recall', 'density', 'coverage', 'nearest', 'class'} <= set(a)
+  for name in set(a) & set(b):
+    assert a[name].value == pytest.approx(b[name].value, rel=1e-12), name
+  assert set(a) - set(b) == {'class'}  # pictures have no labels
+  # training images against the training set: nothing is nearer, nothing more precise
+  assert a['precision'].value == 1.0 and a['nearest'].value == 0.0
+  assert a['fd'].value < a['fd'].beside['untrained'] * 100 and a['fd'].beside['floor'] > 0
+
+
+def test_noise_scores_worse_than_the_floor(digits, tmp_path):
+  noise = np.random.default_rng(0).integers(0, 256, digits[0].shape, np.uint8)
+  np.savez(tmp_path / 'noise.npz', arr_0=noise)
+  evaluate.evaluate_file(tmp_path / 'noise.npz', 'digits_vq')
+  found = values(tmp_path / 'noise.scores.json')
+  assert found['fd'].value > 100 * found['fd'].beside['floor']
+  assert found['recall'].value < 0.01 and found['nearest'].value > 2
+
+
+def test_it_is_asked_again_and_gives_the_same(digits, tmp_path, capfd):
+  np.savez(tmp_path / 'a.npz', arr_0=digits[0])
+  evaluate.evaluate_file(tmp_path / 'a.npz', 'digits_vq')
+  path = tmp_path / 'a.scores.json'
+  before = path.read_bytes()
+  assert cli.main(['evaluate', f'--repeat={path}']) == 0
+  assert f'{len(read_scores(path))} scores, 0 differ' in capfd.readouterr().err
+  assert path.read_bytes() == before  # it prints, and changes nothing
+  # the images were exchanged since: both numbers are printed, and the code says so
+  np.savez(tmp_path / 'a.npz', arr_0=255 - digits[0])
+  assert cli.main(['evaluate', f'--repeat={path}']) == 1
+  assert 'DIFFERS' in capfd.readouterr().err
+  fields = json.loads(before)
+  fields['scores'][0]['value'] += 1
+  path.write_text(json.dumps(fields))
+  assert cli.main(['evaluate', f'--repeat={path}']) == 2
+  assert 'was edited' in capfd.readouterr().err
+
+
+def test_a_reference_file_takes_the_place_of_the_training_images(digits, tmp_path):
+  images = digits[0]
+  np.savez(tmp_path / 'a.npz', arr_0=images[:100])
+  judge = judges.open_judge(DigitsConfig(), tmp_path / 'references', n=100)
+  part = Accumulator(judge.reference[0].extractor, 100)
+  part.add(judge.extractor(images[:100]), np.arange(100))
+  part.finish().save(tmp_path / 'reference.npz')
+  evaluate.evaluate_file(tmp_path / 'a.npz', 'digits_vq', reference=tmp_path / 'reference.npz')
+  scores, request = read_file(tmp_path / 'a.scores.json')
+  assert abs(scores[0].value) < 1e-6 and scores[0].reference_samples == 100
+  assert request['reference'] == str(tmp_path / 'reference.npz')
+  part = Accumulator('other:' + 64 * '0' + ':none', 100)
+  part.add(judge.extractor(images[:100]), np.arange(100))
+  part.finish().save(tmp_path / 'reference.npz')
+  with pytest.raises(ValueError, match="made with extractor 'other'"):
+    evaluate.evaluate_file(tmp_path / 'a.npz', 'digits_vq', reference=tmp_path / 'reference.npz')
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--samples=a.npz'], 'needs --data=CONFIG'),
+    (['--samples=gone.npz', '--data=digits_vq'], 'gone.npz'),
+    (['--samples=large.npz', '--data=digits_vq'], 'name data of the same size'),
+    (['--samples=a.npz', '--data=digits_vq', '--extractor=vgg'], 'is no extractor'),
+    (['--samples=a.npz', '--data=digits_vq', '--extractor=gone.safetensors'], 'No extractor at'),
+    (['--samples=a.npz', '--reference=a.npz'], 'No extractor is known'),
+    (['--repeat=a.npz'], 'holds no scores'),
+    ([], 'needs --workdir'),
+])
+def test_mistakes_are_one_line(arguments, message, digits, tmp_path, monkeypatch, capfd):
+  monkeypatch.chdir(tmp_path)
+  np.savez('a.npz', arr_0=digits[0][:20])
+  np.savez('large.npz', arr_0=np.zeros((4, 9, 9, 1), np.uint8))
+  assert cli.main(['evaluate', *arguments]) == 2
+  err = capfd.readouterr().err.strip().splitlines()
+  assert message in err[-1] and err[-1].startswith('smalti: ')
