@@ -17,7 +17,7 @@ chosen on the validation split, and the test split is read once.
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -241,14 +241,12 @@ def measure(scores: Float[np.ndarray, 'n v'], labels: Labels) -> Accuracy:
       float(np.mean([hits[labels == c].mean() for c in np.unique(labels)])), len(labels))
 
 
-def choose(cells: Mapping[Any, Callable[[], tuple[Split, Split]]]) -> dict[Any, float]:
-  """By cell the validation top1 of `fit`, best first; ties stay in the order of the cells.
+def choose(cells: Mapping[Any, tuple[Split, Split]]) -> dict[Any, float]:
+  """By cell (layer, noise, pooling) the top1 of `fit` on its training and validation split.
 
-  Args:
-    cells: by name (layer, noise, pooling) a function that makes the training and the validation
-      split of that cell, so that one at a time is in memory.
+  Best first; ties stay in the order of the cells.
   """
-  found = {name: fit(*splits())[1] for name, splits in cells.items()}
+  found = {name: fit(train, validation)[1] for name, (train, validation) in cells.items()}
   return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 

@@ -116,8 +116,8 @@ def test_few_labels_are_worse_and_vary():
 
 
 def test_the_cell_with_the_signal_is_chosen():
-  cells = {(layer, noise): lambda s=signal: (split(300, 0, signal=s), split(300, 1, signal=s))
-           for (layer, noise), signal in {(1, 0.0): 0.2, (2, 0.0): 1.5, (2, 0.5): 0.6}.items()}
+  cells = {cell: (split(300, 0, signal=signal), split(300, 1, signal=signal))
+           for cell, signal in {(1, 0.0): 0.2, (2, 0.0): 1.5, (2, 0.5): 0.6}.items()}
   found = probes.choose(cells)
   assert list(found) == [(2, 0.0), (2, 0.5), (1, 0.0)]
 
