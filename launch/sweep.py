@@ -18,7 +18,7 @@ import pathlib
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -173,7 +173,7 @@ class Sweep:
       if done % self.save_every == 0 or done == mine:
         accumulation.save(state, done)
         folder.touch()
-      if preemption is not None and signals.agreed(preemption.requested):
+      if preemption is not None and preemption.requested:
         accumulation.save(state, done)
         raise exits.Preempted(f'stopped in cell {point.cell.id} after {done} batches; the same '
                               'command goes on.')
@@ -359,7 +359,7 @@ def _listed(row: dict[str, Any], axes: dict[str, list[Any]], sweep: Sweep, workd
 
 def execute(sweep: Sweep, points: Sequence[Point], *, worker: int = 0, workers: int = 1) -> int:
   """Runs this worker's cells; returns how many of them failed."""
-  log = Log(sweep.out, worker)
+  log = Log(sweep.out, worker if sweep.processes == 1 else sweep.process)
   todo = sweep.left(points)
   mine = [point for i, point in enumerate(points) if i % workers == worker and point in todo]
   say(f'{len(points)} cells, {len(points) - len(todo)} finished before, {len(mine)} for this '
@@ -384,10 +384,19 @@ def execute(sweep: Sweep, points: Sequence[Point], *, worker: int = 0, workers: 
   return failed
 
 
-def _held(sweep: Sweep, point: Point) -> Any:
-  if sweep.process:
-    return contextlib.nullcontext()
-  return Folder(sweep.out, point.cell.id).lock()
+@contextlib.contextmanager
+def _held(sweep: Sweep, point: Point) -> Iterator[None]:
+  """Holds a cell for this process, or for all processes of a cluster."""
+  with contextlib.ExitStack() as stack:
+    taken = False
+    if sweep.process == 0:
+      try:
+        stack.enter_context(Folder(sweep.out, point.cell.id).lock())
+      except cells.Taken:
+        taken = True
+    if signals.agreed(taken):
+      raise cells.Taken(f'{point.cell.id} is held by another worker')
+    yield
 
 
 def _said(point: Point, points: Sequence[Point]) -> str:
