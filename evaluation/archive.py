@@ -149,5 +149,3 @@ def _fill(file: BinaryIO, array: np.ndarray) -> None:
       raise EOFError(f'it ends {len(view) - start} bytes early')
     view[start:start + len(data)] = data
     start += len(data)
-  if not len(view):
-    file.read(1)  # reaches the checksum

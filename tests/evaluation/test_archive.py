@@ -47,7 +47,7 @@ def test_round_trip(tmp_path):
 @pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
 def test_every_flipped_byte_is_seen_or_harmless(tmp_path, save):
   path = tmp_path / 'arrays.npz'
-  save(path, a=ARRAYS['a'], b=ARRAYS['b'])
+  save(path, a=ARRAYS['a'], d=ARRAYS['d'])
   whole, good = path.read_bytes(), read(path)
   refused = 0
   for place in range(len(whole)):
@@ -61,6 +61,7 @@ def test_every_flipped_byte_is_seen_or_harmless(tmp_path, save):
     else:  # the file's date and the like: the arrays are what they were
       for name in found.keys() & good.keys():
         np.testing.assert_array_equal(found[name], good[name])
+        assert found[name].dtype == good[name].dtype
   assert refused > len(whole) / 2
   for end in range(0, len(whole), 17):
     path.write_bytes(whole[:end])
