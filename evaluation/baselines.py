@@ -22,8 +22,9 @@ from smalti.evaluation.reconstruction import Reconstruction
 
 Images = Shaped[np.ndarray, '_b _h _w _c']  # uint8
 
-QUALITIES = (1, 2, 5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 95)
-STEPS = (512, 256, 128, 64, 32, 16, 8)  # grey levels of an orthonormal coefficient
+QUALITIES = (1, 3, 5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 95)
+LOW = (3, 5, 10, 20, 30, 50, 70)  # of shrunken images, which are for few bits
+STEPS = (2048, 1024, 512, 256, 128, 64, 32, 16, 8)  # grey levels of an orthonormal coefficient
 CODES = (16, 64, 256, 1024)
 COMPONENTS = 256
 FITTED = 50_000  # rows that are fitted, at most
@@ -35,7 +36,8 @@ class Point:
   """One setting of one method, over all images.
 
   Attributes:
-    curve: the method with its patch side or subsampling, such as 'jpeg_420' or 'kmeans_4'.
+    curve: the method with its patch side, or its subsampling and what images were shrunk by, such
+      as 'kmeans_4', 'jpeg_420' and 'jpeg_420_by2'.
     setting: quality, quantization step or number of codes: what moves along the curve.
     bits: per image, after entropy coding: of JPEG the scan, of the others ideal codes for the
       frequencies of the training images.
@@ -72,14 +74,19 @@ def baselines(train: Images, images: Images, *, bits: float | None = None,
               sides: Sequence[int] = (4, 8)) -> Baselines:
   """Every method of this module: JPEG as it fits the channels, the others per patch side.
 
-  K-means takes the numbers of codes that have ten training patches each.
+  JPEG alone does not go down to the bits of most tokenizers, so images are also shrunk by 2 and 4
+  as far as 8 pixels remain. K-means takes the numbers of codes that have ten training patches each.
 
   Args:
     bits: per image, of the tokenizer to compare with.
     sides: of the patches; they must divide the images. See `pca` for whole images.
   """
-  points = [p for sampling in (('444', '420') if images.shape[-1] == 3 else ('grey',))
-            for p in jpeg(images, sampling=sampling)]
+  points = []
+  for sampling in ('444', '420') if images.shape[-1] == 3 else ('grey',):
+    points += jpeg(images, sampling=sampling)
+    for shrink in (2, 4):
+      if min(images.shape[1:3]) >= 8 * shrink:
+        points += jpeg(images, sampling=sampling, shrink=shrink, qualities=LOW)
   for side in sides:
     patches = train[..., 0].size // side ** 2
     points += pca(train, images, side=side)
@@ -103,8 +110,8 @@ def at_bits(points: Sequence[Point], bits: float) -> AtBits | None:
   return AtBits(known[0].curve, bits, psnr, ssim, l1)
 
 
-def jpeg(images: Images, *, sampling: str = '420', qualities: Sequence[int] = QUALITIES
-         ) -> list[Point]:
+def jpeg(images: Images, *, sampling: str = '420', shrink: int = 1,
+         qualities: Sequence[int] = QUALITIES) -> list[Point]:
   """Baseline JPEG with the standard Huffman tables, over qualities.
 
   The bits are those of the entropy-coded scan alone, without headers, tables and the zero bytes
@@ -112,6 +119,7 @@ def jpeg(images: Images, *, sampling: str = '420', qualities: Sequence[int] = QU
 
   Args:
     sampling: '444' or '420' of colour images, 'grey' of images with one channel.
+    shrink: images are averaged over squares of so many pixels, and enlarged bicubically after.
 
   Raises:
     ValueError: another sampling, or channels that it does not fit.
@@ -120,16 +128,17 @@ def jpeg(images: Images, *, sampling: str = '420', qualities: Sequence[int] = QU
   if sampling not in modes or images.shape[-1] != modes[sampling][0]:
     raise ValueError(f'{sampling=} of images with {images.shape[-1]} channels; '
                      "JPEG takes '444' or '420' of 3 channels and 'grey' of 1.")
-  points = []
+  name, points = f'jpeg_{sampling}' + (f'_by{shrink}' if shrink > 1 else ''), []
   for quality in qualities:
     bits, errors = 0, []
     for part in _batches(images):
-      streams = [_jpeg(image, quality, modes[sampling][1]) for image in part]
-      decoded = [np.asarray(Image.open(io.BytesIO(s))).reshape(part.shape[1:]) for s in streams]
+      streams = [_jpeg(image, shrink, quality, modes[sampling][1]) for image in part]
       bits += sum(scan_bits(stream) for stream in streams)
-      errors.append(reconstruction.measure(part, np.stack(decoded)))
-    points.append(Point(f'jpeg_{sampling}', quality, bits / len(images), None,
-                        reconstruction.summarize(errors)))
+      size = part.shape[2], part.shape[1]
+      decoded = [np.asarray(Image.open(io.BytesIO(stream)).resize(size, Image.Resampling.BICUBIC))
+                 for stream in streams]
+      errors.append(reconstruction.measure(part, np.stack(decoded).reshape(part.shape)))
+    points.append(Point(name, quality, bits / len(images), None, reconstruction.summarize(errors)))
   return points
 
 
@@ -252,8 +261,8 @@ def _batches(images: Images) -> Iterator[Images]:
     yield images[i:i + BATCH]
 
 
-def _jpeg(image: np.ndarray, quality: int, subsampling: int) -> bytes:
+def _jpeg(image: np.ndarray, shrink: int, quality: int, subsampling: int) -> bytes:
   file = io.BytesIO()
-  Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+  Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).reduce(shrink).save(
       file, 'JPEG', quality=quality, subsampling=subsampling, optimize=False)
   return file.getvalue()

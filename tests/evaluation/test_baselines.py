@@ -49,6 +49,17 @@ def test_scan_bits_leave_out_stuffing_and_tables():
       baselines.scan_bits(broken)
 
 
+def test_shrunken_images_cost_less_and_keep_their_means():
+  images = waves(8, 32, 3)
+  whole, half, quarter = (baselines.jpeg(images, sampling='444', shrink=k, qualities=(50,))[0]
+                          for k in (1, 2, 4))
+  assert whole.bits > half.bits > quarter.bits and half.curve == 'jpeg_444_by2'
+  assert whole.error.psnr > half.error.psnr > quarter.error.psnr > 20
+  squares = np.repeat(np.repeat(waves(8, 8, 1), 4, 1), 4, 2)[:, :30, :28]  # sides that 4 splits not
+  point, = baselines.jpeg(squares, sampling='grey', shrink=4, qualities=(95,))
+  assert point.error.images == 8
+
+
 def test_patches_come_back():
   images = np.random.default_rng(0).integers(0, 256, (3, 8, 12, 2), np.uint8)
   for side in (1, 2, 4, None):
@@ -110,7 +121,8 @@ def test_batches_and_the_grid_do_not_matter(monkeypatch):
   for a, b in zip(whole.points, parts.points, strict=True):
     assert a.curve == b.curve and a.error == b.error
     assert a.bits == pytest.approx(b.bits, rel=1e-12)
-  assert {p.curve for p in whole.points} == {'jpeg_444', 'jpeg_420', 'pca_8', 'kmeans_8'}
+  assert {p.curve for p in whole.points} == {
+      'jpeg_444', 'jpeg_444_by2', 'jpeg_420', 'jpeg_420_by2', 'pca_8', 'kmeans_8'}
   assert [p.setting for p in whole.points if p.curve == 'kmeans_8'] == [16]  # of 240 patches
   json.dumps(dataclasses.asdict(whole), allow_nan=False)
 
@@ -142,8 +154,8 @@ def test_curves_of_real_photographs():
     data, offsets = file['data'], file['offsets']
   images = np.stack([np.asarray(Image.open(io.BytesIO(data[a:b].tobytes())).convert('RGB'))
                      for a, b in zip(offsets[:-1], offsets[1:])])
-  train, held_out = images[:100], images[100:140]
-  bits = 256 * 10.  # 16 x 16 tokens of 1,024 codes
+  train, held_out = images[:100], images[100:120]
+  bits = 256 * 14.  # 16 x 16 tokens of 16,384 codes
   result = baselines.baselines(train, held_out, bits=bits, sides=(8, 16))
   curves = {p.curve: [q for q in result.points if q.curve == p.curve] for p in result.points}
   for name, points in curves.items():
@@ -157,5 +169,6 @@ def test_curves_of_real_photographs():
   print(*result.at, sep='\n')
   # colour at half the resolution is worth it at low rates, and costs at high ones
   at = lambda name, bits: baselines.at_bits(curves[name], bits).psnr  # noqa: E731
+  assert {x.curve for x in result.at} >= {'jpeg_420_by4', 'pca_8', 'pca_16'}
   assert at('jpeg_420', 20_000) > at('jpeg_444', 20_000)
   assert at('jpeg_444', 200_000) > at('jpeg_420', 200_000)

@@ -126,6 +126,9 @@ def test_parts_average_to_the_whole(shape, monkeypatch):
   np.testing.assert_array_equal(np.concatenate([p.ssim for p in parts]), reconstruction.ssim(x, y))
   with pytest.raises(ValueError, match='one size'):
     reconstruction.summarize([*parts, reconstruction.measure(*pair((1, 8, 8, 1)))])
+  large, small = (reconstruction.measure(*pair((1, side, side, 1))) for side in (176, 100))
+  with pytest.raises(ValueError, match='one size'):  # the same window, but no MS-SSIM of one
+    reconstruction.summarize([small, large])
   with pytest.raises(ValueError, match='one or more'):
     reconstruction.summarize([])
 
