@@ -64,6 +64,8 @@ def read(path: str | os.PathLike) -> WeightFile:
   except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError,
           EOFError, RuntimeError, OSError, zipfile.BadZipFile, SafetensorError) as error:
     reason = ' '.join(str(error).split())[:200] or type(error).__name__
+    if reason.startswith(str(path)):  # an archive of numpy's, which said so itself
+      raise WeightFileError(reason) from error
     raise WeightFileError(f'{path} holds no weights that can be read: {reason}; get the file '
                           'again, or one of another kind.') from error
   if not tensors:
