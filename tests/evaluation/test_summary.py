@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -107,6 +109,23 @@ def test_the_definitions(expected):
       (np.mean(splits), np.std(splits)), rel=1e-10)
   assert inception_score(expected.consecutive)[0] == pytest.approx(
       score(OUTPUTS['logits'], [])[0], rel=1e-10)
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_devices_give_the_same_file(tmp_path, devices):
+  """Images over 1 or 8 devices, outputs that stay there: the file is the host's, byte for byte."""
+  mesh = jax.make_mesh((devices,), ('data',), devices=jax.devices()[:devices])
+  spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  network = jax.jit(lambda x: {'features': x.reshape(len(x), -1).astype(jnp.float32) / 256})
+  on_host, on_devices = (Accumulator(NAME, N, keep=KEEP) for _ in range(2))
+  for start in range(0, N, 64):
+    index = np.arange(start, start + 64)
+    images = IMAGES[np.minimum(index, N - 1)]
+    on_host.add({'features': images.reshape(64, -1).astype(np.float32) / np.float32(256)}, index)
+    on_devices.add(network(jax.device_put(images, spread)), index)
+  on_host.finish().save(tmp_path / 'host.npz')
+  on_devices.finish().save(tmp_path / 'devices.npz')
+  assert (tmp_path / 'devices.npz').read_bytes() == (tmp_path / 'host.npz').read_bytes()
 
 
 def test_consecutive_splits(monkeypatch):
