@@ -10,6 +10,7 @@ called here as in the graph, `mixed_5/tower/conv_1/conv2d_params`; the other nam
 
 import dataclasses
 import functools
+import hashlib
 import os
 import re
 from typing import Any, Literal
@@ -22,17 +23,14 @@ from jaxtyping import Array, Float
 
 from smalti.evaluation import conversion, resize as resizing, weights
 from smalti.evaluation.features import Given, Outputs
+from smalti.evaluation.manifest import INCEPTION
 from smalti.networks.inception import FEATURES, SIDE, SMALLEST, Inception
 
 VARIABLE = 'SMALTI_INCEPTION_WEIGHTS'
-# SHA-256 of the three files; another file may hold the same network, but nothing here says so.
-PUBLISHED = {
-    '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2':
-        'pt_inception-2015-12-05-6726825d.pth',
-    'f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4': 'inception-2015-12-05.pt',
-    '009d6814d1bc560d4e7b236e170e9b2d5ca6f4b57bd8037f6db05776204415c6':
-        'classify_image_graph_def.pb',
-}
+# Another file may hold the same network, but nothing here says so.
+PUBLISHED = dict(zip(INCEPTION, (
+    'pt_inception-2015-12-05-6726825d.pth', 'inception-2015-12-05.pt',
+    'classify_image_graph_def.pb')))
 Convention = Literal['tensorflow', 'torch', 'torchscript']
 
 
@@ -77,6 +75,14 @@ class InceptionExtractor:
     if not parts:
       raise ValueError('No images to extract features from; give at least one.')
     return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+
+  def random(self, seed: int = 0) -> 'InceptionExtractor':
+    """The control: the same network with untrained weights."""
+    state = nnx.state(Inception(rngs=nnx.Rngs(seed)))
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+      digest.update(np.asarray(leaf, '<f4').tobytes())
+    return dataclasses.replace(self, sha256=digest.hexdigest(), state=state)
 
   def _run(self, images: Given) -> Outputs:
     if self.resize == 'clean':  # on the host: its kernel is Pillow's

@@ -18,7 +18,11 @@ from typing import Any
 from smalti.evaluation.files import whole
 
 FORMAT = 2
-INCEPTION = '6726825d'  # the hash of pt_inception-2015-12-05-6726825d.pth begins so
+# The files of the FID Inception network of 2015-12-05: as a state dict, TorchScript and a graph.
+INCEPTION = (
+    '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2',
+    'f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4',
+    '009d6814d1bc560d4e7b236e170e9b2d5ca6f4b57bd8037f6db05776204415c6')
 RESERVED = ('fid', 'sfid', 'is', 'kid', 'lpips', 'cmmd')  # names of measures with published weights
 
 
@@ -90,8 +94,9 @@ class Score:
 
   def _check_name(self):
     base = self.name.split('_')[0]
+    inception = base in ('fid', 'sfid', 'kid') or self.name == 'is'
     if base in RESERVED and (self.sha256 is None or (
-        base == 'fid' and not self.sha256.startswith(INCEPTION))):
+        inception and self.sha256 not in INCEPTION)):
       raise ValueError(
           f'{self.name!r} is the name of a measure with published weights; a proxy is named '
           'fd_<extractor>_<first 8 digits of its hash>.')

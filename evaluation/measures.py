@@ -36,7 +36,7 @@ class Measured:
 def measure_name(measure: str, extractor: str) -> str:
   """The name of 'fid', 'sfid', 'is', 'kid', 'precision', ... with features of this identity."""
   name, sha256, _ = extractor.rsplit(':', 2)
-  if name == 'inception' and sha256.startswith(INCEPTION):
+  if name == 'inception' and sha256 in INCEPTION:
     return measure
   return f'{PROXIES.get(measure, measure)}_{name}_{sha256[:8]}'
 

@@ -54,6 +54,7 @@ class PerceptualDistance:
   graph: Any
   state: Any
   batch: int = 16
+  resize = 'none'
 
   def __call__(self, images: Images, reconstructions: Images) -> Float[np.ndarray, 'b']:
     """One distance per pair, as float64."""
@@ -103,7 +104,7 @@ def load(net: Net, trunk: str | os.PathLike | None = None, heads: str | os.PathL
     raise ValueError(
         f'LPIPS ({net}) needs the weights of its trunk and heads, which smalti cannot ship: get '
         f"torchvision's {TRUNKS[net][0]} and lpips/weights/v0.1/{net}.pth, and name them with "
-        f'--lpips_trunk=FILE or {TRUNK}=FILE and --lpips_heads=FILE or {HEADS}=FILE.')
+        f'{TRUNK}=FILE and {HEADS}=FILE.')
   files = weights.read(trunk), weights.read(heads)
   try:
     graph, state, digest = restore(net, files[0].tensors, files[1].tensors)

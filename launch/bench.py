@@ -326,8 +326,32 @@ def checkpoint(bench: Bench) -> Iterator[Row]:
   checkpoints.close()
 
 
+def extractors(bench: Bench) -> Iterator[Row]:
+  """Images per second of every extractor: 128 images of 32 pixels, Inception at 299."""
+  import numpy as np
+  from flax import nnx
+
+  from smalti.evaluation.inception import InceptionExtractor
+  from smalti.launch import extractors as known
+  from smalti.networks.inception import Inception
+  images = np.random.default_rng(0).integers(0, 256, (128, 32, 32, 3), np.uint8)
+  graph, state = nnx.split(Inception(rngs=nnx.Rngs(0)))
+  cases = {'inception:tf1': InceptionExtractor('0' * 64, 'tf1', graph, state)}
+  for name in known.PACKAGED:
+    if (known.FOLDER / f'{name}.safetensors').is_file():
+      cases[name] = known.load(name)
+  for name, extractor in cases.items():
+    grey = images[..., :1] if name == 'mnist' else images
+    result = timing.alone(timing.Ours(lambda x=grey, e=extractor: e(x)['features']),
+                          rounds=bench.rounds, seconds=bench.seconds)
+    seconds = result['our_time']
+    rates = {f'images_per_{clock}_second': round(128 / seconds[f'{clock}_seconds']['median'], 1)
+             for clock in ('cpu', 'wall')}
+    yield Row(f'{name}, 128 images of 32 pixels', '', {**result, **rates})
+
+
 BENCHES = {'quantizers': quantizers, 'generators': generators, 'train': train, 'data': data,
-           'checkpoint': checkpoint}
+           'checkpoint': checkpoint, 'extractors': extractors}
 
 
 def define(values: flags.FlagValues) -> None:
@@ -368,7 +392,9 @@ def _line(row: dict) -> str:
   ratio = row.get(row['measure'])
   if ratio is None:
     seconds = row['our_time']['cpu_seconds']['median'] if 'our_time' in row else float('nan')
-    return f'{row["case"]:<60} {seconds:9.4f} s of CPU time (no peer)'
+    rate = row.get('images_per_wall_second')
+    said = '' if rate is None else f', {rate} images/s'
+    return f'{row["case"]:<60} {seconds:9.4f} s of CPU time{said} (no peer)'
   goal = '' if row['goal'] is None else (
       f'  goal {row["goal"]:.2f} {"met" if row["met"] else "MISSED"}')
   return (f'{row["case"]:<60} {ratio["median"]:6.3f} [{ratio["q1"]:.3f}, {ratio["q3"]:.3f}] of '

@@ -150,6 +150,7 @@ def sample(loaded: runs.Loaded, codec: runs.Loaded, judge: Judge, *, n: int, see
 def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = None,
              tokenizer: str | None = None, settings: dict[str, str] | None = None,
              weights: str = 'ema', extractor: str | None = None, batch_size: int = 64,
+             inception_weights: str | None = None, lpips: str | None = None,
              write: bool = True) -> list[Score]:
   """Scores a run and writes its `scores.json` (or `scores_NAME.json`)."""
   loaded = runs.load(workdir, weights=weights)
@@ -158,17 +159,21 @@ def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = N
   if data is None:
     raise ValueError(f'{workdir} is an exported file without data; evaluate a run folder.')
   request: dict[str, Any] = {'verb': 'evaluate', 'workdir': str(workdir), 'weights': weights,
-             'extractor': extractor, 'name': name}
+             'extractor': extractor, 'inception_weights': inception_weights, 'name': name}
   if hasattr(loaded.model, 'encode'):
     scores = Scores(loaded)
-    judge = open_judge(data, references(folder), n=10**9, extractor=extractor)
-    tokenizer_scores(loaded, scores, judge, data, tables=folder / 'evaluation' if write else None)
+    judge = open_judge(data, references(folder), n=10**9, extractor=extractor,
+                       weights=inception_weights)
+    tokenizer_scores(loaded, scores, judge, data, lpips=lpips,
+                     tables=folder / 'evaluation' if write else None)
+    request |= {'lpips': lpips}
   elif hasattr(loaded.model, 'sample'):
     codec = runs.load_tokenizer(loaded, tokenizer)
     chosen = resolve_settings(loaded, settings or {})
     real = runs.pixels(data, codec)
     train, held_out = (Split.read(real, split) for split in ('train', 'eval'))
-    judge = open_judge(real, references(folder), n=n, extractor=extractor)
+    judge = open_judge(real, references(folder), n=n, extractor=extractor,
+                       weights=inception_weights)
     samples, accumulation = sample(loaded, codec, judge, n=n, seed=seed, settings=chosen,
                                    batch_size=batch_size)
     scores = Scores(loaded, settings=chosen, seeds=(seed,))
@@ -193,18 +198,20 @@ def _first(labels: np.ndarray | None, images: np.ndarray) -> np.ndarray | None:
 
 
 def evaluate_file(path: pathlib.Path, config: str | None, *, reference: pathlib.Path | None = None,
-                  extractor: str | None = None, write: bool = True) -> list[Score]:
+                  extractor: str | None = None, inception_weights: str | None = None,
+                  write: bool = True) -> list[Score]:
   """Scores images of a file or folder against the data of a config, or a file of statistics."""
   gallery = open_gallery(path)
   scores = Scores(None, gallery.source)
   request = {'verb': 'evaluate', 'samples': str(path), 'data': config,
-             'reference': reference and str(reference), 'extractor': extractor}
+             'reference': reference and str(reference), 'extractor': extractor,
+             'inception_weights': inception_weights}
   if config is None:
-    judge = judge_of_file(reference, extractor, gallery.shape)
+    judge = judge_of_file(reference, extractor, gallery.shape, inception_weights)
   else:
     data = cli.load_config(config).data
     judge = open_judge(data, references(path.parent), n=gallery.n, extractor=extractor,
-                       reference=reference)
+                       reference=reference, weights=inception_weights)
     if gallery.shape != judge.shape:
       raise ValueError(f'The samples are {gallery.shape}, and the data {judge.shape}; '
                        'name data of the same size with --data=CONFIG.')
@@ -282,6 +289,10 @@ def define(values: Any) -> None:
                       flag_values=values)
   flags.DEFINE_string('extractor', None, 'A name or a file; default by the size of the images.',
                       flag_values=values)
+  flags.DEFINE_string('inception_weights', None, 'The weights of --extractor=inception; default '
+                      'SMALTI_INCEPTION_WEIGHTS.', flag_values=values)
+  flags.DEFINE_enum('lpips', None, ['vgg', 'alex', 'squeeze'], 'For tokenizers: LPIPS, with the '
+                    'files named by SMALTI_LPIPS_TRUNK and SMALTI_LPIPS_HEADS.', flag_values=values)
   flags.DEFINE_string('repeat', None, 'A scores.json: asks again what made it, prints both.',
                       flag_values=values)
   flags.DEFINE_integer('n', 1000, 'How many samples of a generator.', flag_values=values)
@@ -302,6 +313,7 @@ def main(values: Any) -> int:
       raise ValueError('evaluate --samples needs --data=CONFIG, the data to compare with, or '
                        '--reference=FILE.npz.')
     evaluate_file(pathlib.Path(values.samples), values.data, extractor=values.extractor,
+                  inception_weights=values.inception_weights,
                   reference=values.reference and pathlib.Path(values.reference))
     return 0
   if values.workdir is None:
@@ -310,7 +322,8 @@ def main(values: Any) -> int:
     raise ValueError(f'n={values.n} must be 2 or more, and batch_size={values.batch_size} 1.')
   evaluate(values.workdir, n=values.n, seed=values.seed, name=values.name,
            tokenizer=values.tokenizer, settings=values.settings, weights=values.weights,
-           extractor=values.extractor, batch_size=values.batch_size)
+           extractor=values.extractor, batch_size=values.batch_size, lpips=values.lpips,
+           inception_weights=values.inception_weights)
   return 0
 
 

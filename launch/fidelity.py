@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from smalti.evaluation import baselines, codes, language, reconstruction, robustness
+from smalti.evaluation import (
+    baselines,
+    codes,
+    language,
+    perceptual,
+    reconstruction,
+    robustness,
+)
 from smalti.evaluation.files import whole
 from smalti.evaluation.frechet import frechet_distance
 from smalti.launch import run as runs
@@ -31,23 +38,28 @@ SIDES = (4, 8, 16)  # of the patches of baselines
 
 
 def tokenizer_scores(loaded: runs.Loaded, scores: Scores, judge: Judge, data: Any, *,
+                     lpips: perceptual.Net | None = None,
                      tables: pathlib.Path | None = None) -> None:
   """All scores of a tokenizer on held-out images.
 
   Args:
+    lpips: the network of LPIPS, whose files the environment names; None leaves it out.
     tables: the folder for the tables of the page; None writes none.
   """
   held_out, train = data.open('eval'), data.open('train')
   n = judge.held_out[0].n
   digest = hashlib.sha256()
   points = []
+  distance = None if lpips is None else perceptual.load(lpips)
   for keep in loaded.spec.budgets or (None,):
-    errors = []
+    errors, distances = [], []
 
-    def remade(keep=keep, errors=errors) -> Iterator[np.ndarray]:
+    def remade(keep=keep, errors=errors, distances=distances) -> Iterator[np.ndarray]:
       for images in _batches(held_out, n):
         found = decoded(loaded, encoded(loaded, images), keep=keep)
         errors.append(reconstruction.measure(images, found))
+        if distance is not None:
+          distances.append(distance(images, found))
         if not points:
           digest.update(np.ascontiguousarray(images).tobytes())
         yield found
@@ -57,6 +69,11 @@ def tokenizer_scores(loaded: runs.Loaded, scores: Scores, judge: Judge, data: An
     points.append((keep, result))
     _add_errors(scores, loaded, keep, result, digest.hexdigest()[:16])
     _add_frechet(scores, judge, keep, summaries)
+    if distance is not None:
+      suffix = '' if keep is None else f'_keep{keep}'
+      scores.add(f'{distance.name}{suffix}', float(np.concatenate(distances).mean()), higher=False,
+                 samples=n, extractor=distance, reference=judge.held_out[0].source,
+                 reference_samples=n)
   rest = _take(held_out, ERRORS)
   _add_baselines(scores, loaded, points[-1][1], _take(train, ERRORS * 5), rest, points, tables)
   _add_stability(scores, loaded, rest)

@@ -155,7 +155,7 @@ def _measure(row: Measured) -> str:
 
 
 def open_judge(data: Any, folder: pathlib.Path, *, n: int, extractor: str | None = None,
-               reference: pathlib.Path | None = None) -> Judge:
+               reference: pathlib.Path | None = None, weights: str | None = None) -> Judge:
   """The judge for the images of a data config.
 
   Args:
@@ -163,11 +163,13 @@ def open_judge(data: Any, folder: pathlib.Path, *, n: int, extractor: str | None
     n: how many samples will be compared; the floor is of as many held-out images, or all.
     extractor: a name or file, see `launch/extractors.py`; None takes the one for such images.
     reference: a file of statistics to compare with, instead of the training images.
+    weights: the file of the extractor 'inception'; None takes the environment's.
   """
   source = data.open('train')
   shape = _shape(source)
   chosen = extractor or extractors.default_for(shape)
-  network: Any = extractors.load(chosen, shape=shape) if chosen else _fitted(data, shape)
+  network: Any = extractors.load(
+      chosen, shape=shape, weights=weights) if chosen else _fitted(data, shape)
   networks = [network, network.random(0)]
   held = data.open('eval')
   real = [_summaries(networks, source, data, 'train', len(source), folder),
@@ -177,13 +179,13 @@ def open_judge(data: Any, folder: pathlib.Path, *, n: int, extractor: str | None
   return Judge(networks, real[0], real[1], shape, _accuracy(network, held, min(n, len(held))))
 
 
-def judge_of_file(reference: pathlib.Path, extractor: str | None, shape: tuple[int, int, int]
-                  ) -> Judge:
+def judge_of_file(reference: pathlib.Path, extractor: str | None, shape: tuple[int, int, int],
+                  weights: str | None = None) -> Judge:
   """The judge of a file of statistics alone: without real images there is no floor."""
   chosen = extractor or extractors.default_for(shape)
   if chosen is None:
     raise ValueError(f'No extractor is known for images of {shape}; name one with --extractor.')
-  network = extractors.load(chosen, shape=shape)
+  network = extractors.load(chosen, shape=shape, weights=weights)
   return Judge([network], [reference_files.load(reference, network)], None, shape)
 
 

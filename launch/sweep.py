@@ -67,8 +67,9 @@ class Sweep:
   """The runs, their judge, and the points, none of which is drawn yet."""
 
   def __init__(self, out: pathlib.Path, workdirs: Sequence[str], *, n: int, batch_size: int = 64,
-               extractor: str | None = None, tokenizer: str | None = None,
-               save_samples: str = 'none', save_every: int = 1):
+               extractor: str | None = None, inception_weights: str | None = None,
+               tokenizer: str | None = None, save_samples: str = 'none',
+               save_every: int = 1):
     if n < 2 or batch_size < 1 or save_every < 1:
       raise ValueError(f'n={n} must be 2 or more, batch_size={batch_size} and '
                        f'save_every={save_every} 1 or more.')
@@ -76,7 +77,7 @@ class Sweep:
     self.save_samples, self.save_every = save_samples, save_every
     self.sampler = Sampler(batch_size)
     self.processes, self.process = jax.process_count(), jax.process_index()
-    self._override = tokenizer
+    self._override, self._weights = tokenizer, inception_weights
     self._loaded: tuple[tuple, runs.Loaded] | None = None
     self.outlines = {workdir: runs.outline(workdir) for workdir in self.workdirs}
     self.tokenizers: dict[str, runs.Loaded] = {}
@@ -92,7 +93,8 @@ class Sweep:
       if changes:
         raise ValueError(f'{workdir} was trained on other data than {self.workdirs[0]} '
                          f'({"; ".join(changes[:3])}); sweep them apart.')
-    self.judge: Judge = open_judge(data, references(out), n=n, extractor=extractor)
+    self.judge: Judge = open_judge(data, references(out), n=n, extractor=extractor,
+                                   weights=inception_weights)
 
   def step(self, workdir: str, name: str) -> int:
     """The step of `best` (the newest where no metric is tracked), `last`, or a number."""
@@ -146,7 +148,7 @@ class Sweep:
     return {'verb': 'sweep', 'workdir': point.run, 'checkpoint': point.step,
             'weights': point.weights, 'seed': point.seed, 'settings': texts, 'n': self.n,
             'batch_size': self.sampler.batch_size, 'extractor': self.extractor,
-            'tokenizer': self._override}
+            'inception_weights': self._weights, 'tokenizer': self._override}
 
   # Drawing.
 
@@ -412,7 +414,8 @@ def repeat(request: dict[str, Any]) -> list[Score]:
   with tempfile.TemporaryDirectory() as scratch:
     out = pathlib.Path(scratch)
     sweep = Sweep(out, [request['workdir']], n=request['n'], batch_size=request['batch_size'],
-                  extractor=request['extractor'], tokenizer=request['tokenizer'])
+                  extractor=request['extractor'], tokenizer=request['tokenizer'],
+                  inception_weights=request['inception_weights'])
     point = sweep.point(request['workdir'], request['checkpoint'], request['weights'],
                         request['seed'], request['settings'])
     sweep.run(point, Log(out, 0))
@@ -437,6 +440,8 @@ def define(values: Any) -> None:
                       flag_values=values)
   flags.DEFINE_string('extractor', None, 'A name or file; default by the size of the images.',
                       flag_values=values)
+  flags.DEFINE_string('inception_weights', None, 'The weights of --extractor=inception; default '
+                      'SMALTI_INCEPTION_WEIGHTS.', flag_values=values)
   flags.DEFINE_string('tokenizer', None, 'Where the tokenizer was moved to.', flag_values=values)
   flags.DEFINE_enum('save_samples', 'none', ['none', 'npz', 'png'], 'Keeps the samples of cells.',
                     flag_values=values)
@@ -459,6 +464,7 @@ def main(values: Any) -> int:
   out = pathlib.Path(values.out or pathlib.Path(values.workdir[0]) / 'sweep')
   sweep = Sweep(out, values.workdir, n=values.n, batch_size=values.batch_size,
                 extractor=values.extractor, tokenizer=values.tokenizer,
+                inception_weights=values.inception_weights,
                 save_samples=values.save_samples, save_every=values.save_every)
   points = plan(sweep, mode=values.mode, checkpoint=values.checkpoint, weights=values.weights,
                 seed=values.seed, settings=values.settings,

@@ -6,6 +6,7 @@ import pytest
 
 from smalti.evaluation.manifest import (
     FORMAT,
+    INCEPTION,
     Score,
     canonical,
     read_file,
@@ -74,8 +75,13 @@ def test_what_a_score_may_not_be(change, message):
 
 
 def test_fid_takes_the_inception_weights_and_nothing_else():
-  inception = '6726825d' + '0' * 56
-  assert Score(**{**FIELDS, 'name': 'fid', 'extractor': 'inception', 'sha256': inception}).value
+  for sha256 in INCEPTION:
+    assert Score(**{**FIELDS, 'name': 'fid', 'extractor': 'inception', 'sha256': sha256}).value
+  for name in ('fid', 'sfid', 'kid', 'is', 'fid_50k'):
+    for sha256 in (INCEPTION[0][:8] + '0' * 56, HASH):
+      with pytest.raises(ValueError, match='published weights'):
+        Score(**{**FIELDS, 'name': name, 'extractor': 'inception', 'sha256': sha256})
+  assert Score(**{**FIELDS, 'name': 'is_pixels_1a2b3c4d'}).value
 
 
 def test_files_that_are_no_scores(tmp_path):
