@@ -27,6 +27,7 @@ LOW = (3, 5, 10, 20, 30, 50, 70)  # of shrunken images, which are for few bits
 STEPS = (2048, 1024, 512, 256, 128, 64, 32, 16, 8)  # grey levels of an orthonormal coefficient
 CODES = (16, 64, 256, 1024)
 COMPONENTS = 256
+WHOLE = 4096  # values of an image whose principal components take seconds
 FITTED = 50_000  # rows that are fitted, at most
 BATCH = 64  # images in work at once
 
@@ -79,7 +80,8 @@ def baselines(train: Images, images: Images, *, bits: float | None = None,
 
   Args:
     bits: per image, of the tokenizer to compare with.
-    sides: of the patches; they must divide the images. See `pca` for whole images.
+    sides: of the patches; they must divide the images. Principal components are of whole images
+      too where those have no more than 4,096 values.
   """
   points = []
   for sampling in ('444', '420') if images.shape[-1] == 3 else ('grey',):
@@ -87,6 +89,8 @@ def baselines(train: Images, images: Images, *, bits: float | None = None,
     for shrink in (2, 4):
       if min(images.shape[1:3]) >= 8 * shrink:
         points += jpeg(images, sampling=sampling, shrink=shrink, qualities=LOW)
+  if images[0].size <= WHOLE:
+    points += pca(train, images)
   for side in sides:
     patches = train[..., 0].size // side ** 2
     points += pca(train, images, side=side)

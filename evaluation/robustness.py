@@ -107,6 +107,8 @@ def perturb(spec: TokenSpec, tokens: Tokens, *, alpha: float = ALPHA,
 def nearest(codes: Float[np.ndarray, 'v c'], delta: int = DELTA) -> Int[np.ndarray, 'v near']:
   """The `delta` codes nearest to every code, itself first; the whole alphabet where it is smaller.
 
+  By Euclidean distance: give unit vectors for a codebook that compares directions.
+
   Raises ValueError for a delta below 1.
   """
   if delta < 1:

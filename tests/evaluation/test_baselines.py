@@ -122,7 +122,8 @@ def test_batches_and_the_grid_do_not_matter(monkeypatch):
     assert a.curve == b.curve and a.error == b.error
     assert a.bits == pytest.approx(b.bits, rel=1e-12)
   assert {p.curve for p in whole.points} == {
-      'jpeg_444', 'jpeg_444_by2', 'jpeg_420', 'jpeg_420_by2', 'pca_8', 'kmeans_8'}
+      'jpeg_444', 'jpeg_444_by2', 'jpeg_420', 'jpeg_420_by2', 'pca_whole', 'pca_8',
+      'kmeans_8'}
   assert [p.setting for p in whole.points if p.curve == 'kmeans_8'] == [16]  # of 240 patches
   json.dumps(dataclasses.asdict(whole), allow_nan=False)
 
