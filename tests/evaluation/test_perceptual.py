@@ -96,7 +96,7 @@ def test_only_published_files_are_called_lpips(files, monkeypatch):
 def test_refusals(files, monkeypatch, tmp_path):
   for name in (perceptual.TRUNK, perceptual.HEADS):
     monkeypatch.delenv(name, raising=False)
-  with pytest.raises(ValueError, match='--lpips_trunk=FILE') as error:
+  with pytest.raises(ValueError, match='SMALTI_LPIPS_TRUNK=FILE') as error:
     perceptual.load('vgg', heads=files[1])
   assert 'vgg16-397923af.pth' in str(error.value) and '\n' not in str(error.value)
   with pytest.raises(ValueError, match='must be one of'):
