@@ -127,6 +127,25 @@ def _abandoned(path: pathlib.Path) -> bool:
   return False
 
 
+class Log:
+  """`logs/worker0.jsonl`: one line for every batch drawn and every cell finished, with its time."""
+
+  def __init__(self, out: pathlib.Path, worker: int):
+    self.path = out / 'logs' / f'worker{worker}.jsonl'
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+
+  def write(self, **line: Any) -> None:
+    with open(self.path, 'a', encoding='utf-8') as file:
+      file.write(json.dumps({'time': round(time.time(), 3), **line}) + '\n')
+
+  @staticmethod
+  def count(out: pathlib.Path, event: str) -> int:
+    """How often an event stands in the logs of all workers."""
+    text = f'"event": "{event}"'
+    return sum(line.count(text) for path in (out / 'logs').glob('*.jsonl')
+               for line in path.read_text(encoding='utf-8').splitlines())
+
+
 # Axes.
 
 

@@ -37,6 +37,7 @@ VERBS = {
     'tokenize': 'a data set to sharded token files',
     'evaluate': 'score a run, or a file of samples, with all that repeats the score',
     'sweep': 'score a grid of settings and checkpoints, in cells that survive a kill',
+    'probe': 'what frozen features of a run know of labels',
     'report': 'a run as one page of HTML that opens from disk',
     'export': 'the averaged weights of a run as one file',
     'bench': 'time our parts, peers beside them where installed',

@@ -6,16 +6,20 @@ Both are read as a stream, so that 50,000 images of 256 pixels need the memory o
 import dataclasses
 import hashlib
 import pathlib
+import zipfile
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from smalti.data import images as decoding
 from smalti.evaluation.archive import Archive
+from smalti.evaluation.files import whole
 from smalti.launch.history import natural
 
 REMEDY = 'give an .npz with uint8 images in arr_0, or a folder of PNGs of one size'
+UNFINISHED = 'samples.npy'
 LOSSY = ('.jpg', '.jpeg', '.webp')
 
 
@@ -80,6 +84,41 @@ def open_gallery(path: pathlib.Path) -> Gallery:
     digest = hashlib.file_digest(file, 'sha256').hexdigest()
   return Gallery(path, n, (height, width, channels),
                  None if labels is None else labels.astype(np.int32), f'{path.name} {digest[:16]}')
+
+
+def keep(folder: pathlib.Path, kind: Literal['none', 'npz', 'png'], n: int,
+         index: np.ndarray, images: Any) -> None:
+  """Writes images by their place among n, some of them twice if need be; then `close`.
+
+  Args:
+    kind: 'png' writes samples/000000.png and so on, 'npz' one file, 'none' nothing.
+    index: int64[B]; rows with -1 are left out.
+    images: uint8[B, H, W, C].
+  """
+  if kind == 'none':
+    return
+  rows = index >= 0
+  host = np.asarray(images)[rows]
+  if kind == 'png':
+    (folder / 'samples').mkdir(exist_ok=True)
+    for i, image in zip(index[rows], host):
+      Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(
+          folder / 'samples' / f'{i:06d}.png')
+    return
+  path = folder / UNFINISHED
+  mode: Literal['r+', 'w+'] = 'r+' if path.exists() else 'w+'
+  array = np.lib.format.open_memmap(path, mode, np.uint8, (n, *host.shape[1:]))
+  array[index[rows]] = host
+  array.flush()
+
+
+def close(folder: pathlib.Path) -> None:
+  """What `keep` wrote as 'npz' becomes samples.npz with arr_0, as a stream."""
+  path = folder / UNFINISHED
+  if path.exists():
+    with whole(folder / 'samples.npz') as file, zipfile.ZipFile(file, 'w') as archive:
+      archive.write(path, 'arr_0.npy')
+    path.unlink()
 
 
 def _archive(path: pathlib.Path) -> Archive:

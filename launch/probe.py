@@ -1,4 +1,4 @@
-"""What a run's features know of labels: `python -m smalti.launch.probe --workdir=RUN`.
+"""What a run's features know of labels: `smalti probe --workdir=RUN`.
 
 A tokenizer is asked before and after its quantizer, a generator after some of its blocks, with a
 share of the codes hidden where it is trained so; both over grids of means. The cell of this grid is

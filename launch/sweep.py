@@ -13,7 +13,6 @@ combined (--mode=grid), taken in step (zip), or listed in a JSON file (--mode=li
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import tempfile
 import time
@@ -30,6 +29,7 @@ from smalti.launch import (
     cli,
     curves,
     exits,
+    gallery,
     manifest,
     mesh as meshes,
     pictures,
@@ -37,7 +37,7 @@ from smalti.launch import (
     serialization,
     signals,
 )
-from smalti.launch.cells import Cell, Folder
+from smalti.launch.cells import Cell, Folder, Log
 from smalti.launch.judge import Accumulation, Judge, open_judge, references
 from smalti.launch.progress import say, track
 from smalti.launch.sample import Sampler, resolve_settings
@@ -169,7 +169,9 @@ class Sweep:
       images = jax.block_until_ready(batch.images)
       accumulation.nfe = batch.nfe
       log.write(event='batch', cell=point.cell.id, batch=self.process + done * self.processes)
-      self._keep(folder, batch, images)
+      if not (folder.path / 'grid.png').exists() and 0 in batch.index:
+        pictures.save_grid(folder.path / 'grid.png', np.asarray(images)[batch.index >= 0][:GRID])
+      gallery.keep(folder.path, self.save_samples, self.n, batch.index, images)
       accumulation.add(images, batch.index, batch.labels)
       done += 1
       if done % self.save_every == 0 or done == mine:
@@ -208,38 +210,8 @@ class Sweep:
     scores = Scores(generator, settings=point.settings, seeds=(point.seed,), quiet=True)
     scores.add_judged(self.judge, summaries, accumulation)
     write_scores(folder.path / 'scores.json', scores.rows, self.request(point))
-    self._wrap(folder)
+    gallery.close(folder.path)
     folder.finish()
-
-  def _keep(self, folder: Folder, batch: Any, images: Any) -> None:
-    """The picture of the first samples, and all of them where that was asked for."""
-    if not (folder.path / 'grid.png').exists() and 0 in batch.index:
-      pictures.save_grid(folder.path / 'grid.png',
-                         np.asarray(images)[batch.index >= 0][:GRID])
-    if self.save_samples == 'none':
-      return
-    rows = batch.index >= 0
-    host = np.asarray(images)[rows]
-    if self.save_samples == 'png':
-      from PIL import Image
-      (folder.path / 'samples').mkdir(exist_ok=True)
-      for i, image in zip(batch.index[rows], host):
-        Image.fromarray(image.squeeze()).save(folder.path / 'samples' / f'{i:06d}.png')
-      return
-    path = folder.path / 'samples.npy'
-    mode = 'r+' if path.exists() else 'w+'
-    array = np.lib.format.open_memmap(path, mode, np.uint8, (self.n, *host.shape[1:]))
-    array[batch.index[rows]] = host
-    array.flush()
-
-  def _wrap(self, folder: Folder) -> None:
-    """`samples.npy` becomes an ADM-style .npz, streamed."""
-    path = folder.path / 'samples.npy'
-    if self.save_samples == 'npz' and path.exists():
-      import zipfile
-      with zipfile.ZipFile(folder.path / 'samples.npz', 'w', zipfile.ZIP_STORED) as archive:
-        archive.write(path, 'arr_0.npy')
-      path.unlink()
 
   # Asking first.
 
@@ -290,25 +262,6 @@ class Prediction:
   def __str__(self) -> str:
     return (f'{self.cells} cells, {self.left} to do: {self.programs} programs, {self.batches} '
             f'batches, {self.seconds / 3600:.3f} h ({self.seconds:.0f} s)')
-
-
-class Log:
-  """`logs/worker0.jsonl`: one line for every batch drawn and every cell finished, with its time."""
-
-  def __init__(self, out: pathlib.Path, worker: int):
-    self.path = out / 'logs' / f'worker{worker}.jsonl'
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-
-  def write(self, **line: Any) -> None:
-    with open(self.path, 'a', encoding='utf-8') as file:
-      file.write(json.dumps({'time': round(time.time(), 3), **line}) + '\n')
-
-  @staticmethod
-  def count(out: pathlib.Path, event: str) -> int:
-    """How often an event stands in the logs of all workers."""
-    text = f'"event": "{event}"'
-    return sum(line.count(text) for path in (out / 'logs').glob('*.jsonl')
-               for line in path.read_text(encoding='utf-8').splitlines())
 
 
 def plan(sweep: Sweep, *, mode: str, checkpoint: str, weights: str, seed: str,

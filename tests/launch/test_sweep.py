@@ -164,7 +164,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_gives_the_same_tables(out, generat
   assert sweeps.execute(*asked(out)) == 0
   assert read(out) == read(whole)
   assert len(drawn) == 2 * 3 + 2  # two cells of three batches, and one batch twice per stop
-  assert sweeps.Log.count(out, 'batch') == 8 and sweeps.Log.count(out, 'cell') == 2
+  assert cells.Log.count(out, 'batch') == 8 and cells.Log.count(out, 'cell') == 2
   assert sweeps.execute(*asked(out)) == 0
   assert len(drawn) == 8  # finished cells stay
   assert not list(out.rglob('cursor.json'))
