@@ -38,7 +38,7 @@ class Packaged:
 
 PACKAGED = {
     'cifar10': Packaged(
-        '',
+        '433e2195c2afdbe32c31ded38500ff9dabe3dac24118350a8d862741e1d5e69a',
         ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')),
     'mnist': Packaged(
         'dc8d91f6654269bd7b1b6bf4e215d1507101ba9c17866b6741acc62f0fb9b0ea', tuple('0123456789')),
