@@ -336,18 +336,22 @@ def extractors(bench: Bench) -> Iterator[Row]:
   from smalti.networks.inception import Inception
   images = np.random.default_rng(0).integers(0, 256, (128, 32, 32, 3), np.uint8)
   graph, state = nnx.split(Inception(rngs=nnx.Rngs(0)))
-  cases = {'inception:tf1': InceptionExtractor('0' * 64, 'tf1', graph, state)}
+  cases: dict[str, Any] = {'inception:tf1': InceptionExtractor('0' * 64, 'tf1', graph, state)}
   for name in known.PACKAGED:
     if (known.FOLDER / f'{name}.safetensors').is_file():
       cases[name] = known.load(name)
   for name, extractor in cases.items():
     grey = images[..., :1] if name == 'mnist' else images
-    result = timing.alone(timing.Ours(lambda x=grey, e=extractor: e(x)['features']),
+    result = timing.alone(timing.Ours(functools.partial(_features, extractor, grey)),
                           rounds=bench.rounds, seconds=bench.seconds)
     seconds = result['our_time']
     rates = {f'images_per_{clock}_second': round(128 / seconds[f'{clock}_seconds']['median'], 1)
              for clock in ('cpu', 'wall')}
     yield Row(f'{name}, 128 images of 32 pixels', '', {**result, **rates})
+
+
+def _features(extractor: Any, images: Any) -> Any:
+  return extractor(images)['features']
 
 
 BENCHES = {'quantizers': quantizers, 'generators': generators, 'train': train, 'data': data,

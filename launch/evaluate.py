@@ -20,6 +20,7 @@ import numpy as np
 
 from smalti.evaluation import agreement, codes, features, memorization
 from smalti.evaluation.manifest import Score, read_file, write_scores
+from smalti.evaluation.perceptual import Net
 from smalti.launch import cli, run as runs, state as states
 from smalti.launch.fidelity import tokenizer_scores
 from smalti.launch.gallery import open_gallery
@@ -150,7 +151,7 @@ def sample(loaded: runs.Loaded, codec: runs.Loaded, judge: Judge, *, n: int, see
 def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = None,
              tokenizer: str | None = None, settings: dict[str, str] | None = None,
              weights: str = 'ema', extractor: str | None = None, batch_size: int = 64,
-             inception_weights: str | None = None, lpips: str | None = None,
+             inception_weights: str | None = None, lpips: Net | None = None,
              write: bool = True) -> list[Score]:
   """Scores a run and writes its `scores.json` (or `scores_NAME.json`)."""
   loaded = runs.load(workdir, weights=weights)

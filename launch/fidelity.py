@@ -115,9 +115,9 @@ def _add_baselines(scores: Scores, loaded: runs.Loaded, result: reconstruction.R
   found = baselines.baselines(train, images, bits=bits, sides=sides)
   if result.psnr is not None and found.at:
     best = max(found.at, key=lambda x: x.psnr)
+    curves: dict[str, Any] = {x.curve: x.psnr for x in found.at}
     scores.add('psnr_over_baselines', result.psnr - best.psnr, unit='dB', higher=True,
-               samples=result.images, bits_per_example=bits, best=best.curve,
-               **{x.curve: x.psnr for x in found.at})
+               samples=result.images, bits_per_example=bits, best=best.curve, **curves)
   if tables is not None:
     shares = [(keep, bits if keep is None else bits * _share(loaded.spec, keep), error)
               for keep, error in points]

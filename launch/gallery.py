@@ -19,6 +19,7 @@ from smalti.evaluation.files import whole
 from smalti.launch.history import natural
 
 REMEDY = 'give an .npz with uint8 images in arr_0, or a folder of PNGs of one size'
+Kind = Literal['none', 'npz', 'png']
 UNFINISHED = 'samples.npy'
 LOSSY = ('.jpg', '.jpeg', '.webp')
 
@@ -86,8 +87,7 @@ def open_gallery(path: pathlib.Path) -> Gallery:
                  None if labels is None else labels.astype(np.int32), f'{path.name} {digest[:16]}')
 
 
-def keep(folder: pathlib.Path, kind: Literal['none', 'npz', 'png'], n: int,
-         index: np.ndarray, images: Any) -> None:
+def keep(folder: pathlib.Path, kind: Kind, n: int, index: np.ndarray, images: Any) -> None:
   """Writes images by their place among n, some of them twice if need be; then `close`.
 
   Args:

@@ -32,10 +32,10 @@ def reconstruct(tokenizer: runs.Loaded, images: np.ndarray, *, batch_size: int =
   """(reconstructions uint8 like `images`, tokens int32[n, N, D]) of uint8 images."""
   parts = []
   for first in range(0, len(images), batch_size):
-    tokens = encoded(tokenizer, images[first:first + batch_size])
-    parts.append((decoded(tokenizer, tokens, keep=keep), np.asarray(tokens)))
-  images, tokens = (np.concatenate(part) for part in zip(*parts))
-  return images, tokens
+    tokens = np.asarray(encoded(tokenizer, images[first:first + batch_size]))
+    parts.append((decoded(tokenizer, tokens, keep=keep), tokens))
+  remade, tokens = (np.concatenate(part) for part in zip(*parts))
+  return remade, tokens
 
 
 def pairs(images: np.ndarray, reconstructions: np.ndarray, columns: int) -> np.ndarray:

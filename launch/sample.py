@@ -65,8 +65,8 @@ class Sampler:
       devices: None takes all of this process.
     """
     self.mesh = meshes.make(MeshConfig(), devices or jax.local_devices())
-    devices = meshes.batch_devices(self.mesh)
-    self.batch_size = -(-batch_size // devices) * devices
+    each = meshes.batch_devices(self.mesh)
+    self.batch_size = -(-batch_size // each) * each
     self.programs = 0
 
     def program(generator, tokenizer, condition, keys, settings):

@@ -68,7 +68,7 @@ class Sweep:
 
   def __init__(self, out: pathlib.Path, workdirs: Sequence[str], *, n: int, batch_size: int = 64,
                extractor: str | None = None, inception_weights: str | None = None,
-               tokenizer: str | None = None, save_samples: str = 'none',
+               tokenizer: str | None = None, save_samples: gallery.Kind = 'none',
                save_every: int = 1):
     if n < 2 or batch_size < 1 or save_every < 1:
       raise ValueError(f'n={n} must be 2 or more, batch_size={batch_size} and '
