@@ -102,12 +102,12 @@ def baselines(train: Images, images: Images, *, bits: float | None = None,
 
 
 def at_bits(points: Sequence[Point], bits: float) -> AtBits | None:
-  """One curve at `bits` per image; None beyond its ends."""
-  known = sorted((p for p in points if p.error.psnr is not None and p.bits > 0),
-                 key=lambda p: p.bits)
-  if not known or not known[0].bits <= bits <= known[-1].bits:
+  """One curve at `bits` per image (k-means by its fixed ones); None beyond its ends."""
+  rate = lambda p: p.bits if p.fixed_bits is None else p.fixed_bits  # noqa: E731
+  known = sorted((p for p in points if p.error.psnr is not None), key=rate)
+  if not known or not rate(known[0]) <= bits <= rate(known[-1]):
     return None
-  place = np.log2([p.bits for p in known])
+  place = np.log2([rate(p) for p in known])
   psnr, ssim, l1 = (
       float(np.interp(math.log2(bits), place, [getattr(p.error, name) for p in known]))
       for name in ('psnr', 'ssim', 'l1'))

@@ -136,6 +136,8 @@ def test_reading_a_curve():
   assert baselines.at_bits(points, 100).psnr == 20
   assert baselines.at_bits(points, 99) is None and baselines.at_bits(points, 401) is None
   assert baselines.at_bits([], 100) is None
+  fixed = [dataclasses.replace(p, bits=p.bits - 90, fixed_bits=p.bits) for p in points]
+  assert baselines.at_bits(fixed, 200) == baselines.at_bits(points, 200)
 
 
 def test_refusals():
