@@ -104,7 +104,7 @@ def baselines(train: Images, images: Images, *, bits: float | None = None,
 def at_bits(points: Sequence[Point], bits: float) -> AtBits | None:
   """One curve at `bits` per image (k-means by its fixed ones); None beyond its ends."""
   rate = lambda p: p.bits if p.fixed_bits is None else p.fixed_bits  # noqa: E731
-  known = sorted((p for p in points if p.error.psnr is not None), key=rate)
+  known = sorted((p for p in points if p.error.psnr is not None and rate(p)), key=rate)
   if not known or not rate(known[0]) <= bits <= rate(known[-1]):
     return None
   place = np.log2([rate(p) for p in known])
