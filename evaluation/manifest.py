@@ -45,7 +45,7 @@ class Score:
     resize: how images reached the extractor's size.
     uint8: how floats became uint8: 'round' is clip(rint(127.5 (x + 1)), 0, 255).
     reference: what it was compared with, with its hash or fingerprint.
-    reference_samples: how many examples that is.
+    reference_samples: how many examples that is; 0 where a file of statistics does not say.
     versions: of smalti, Python and the libraries that computed it; see `versions`.
     beside: numbers without which the value misleads: the floor between real halves, the accuracy of
       the judge, the count of tokens.
@@ -84,8 +84,8 @@ class Score:
     except (TypeError, ValueError) as error:
       raise ValueError(f'The score {self.name} holds what is no JSON ({error}).') from error
     if self.extractor is not None:
-      missing = [f for f in ('sha256', 'resize', 'uint8', 'reference', 'reference_samples')
-                 if not getattr(self, f)]
+      missing = [f for f in ('sha256', 'resize', 'uint8', 'reference') if not getattr(self, f)]
+      missing += ['reference_samples'] if self.reference_samples is None else []
       if missing:
         raise ValueError(f'The score {self.name} has an extractor, and needs {", ".join(missing)}.')
       if not re.fullmatch('[0-9a-f]{64}', self.sha256):

@@ -37,8 +37,13 @@ class Manifold:
 
 
 def manifold(*, real: Shaped[np.ndarray, '_m c'], generated: Shaped[np.ndarray, '_n c'],
-             k: int = 3, density_k: int = 5, block: int = BLOCK) -> Manifold:
+             k: int = 3, density_k: int = 5, block: int = BLOCK,
+             around_real: Float[np.ndarray, '_m _k'] | None = None) -> Manifold:
   """All four measures in one pass over the distances.
+
+  Args:
+    around_real: `neighbours` of the real points, at least max(k, density_k) of each; None computes
+      them.
 
   Raises:
     ValueError: too few points to have neighbours, or points of unlike dimensions.
@@ -48,8 +53,8 @@ def manifold(*, real: Shaped[np.ndarray, '_m c'], generated: Shaped[np.ndarray, 
                      'dimensions], of equal dimensions.')
   # digits that all points share are lost to the squares; a point, so that a grid stays a grid
   center = real[:1].astype(np.float64)
-  most = max(k, density_k)
-  around_real = neighbours(real, most, block=block, center=center)
+  if around_real is None:
+    around_real = neighbours(real, max(k, density_k), block=block, center=center)
   radius = around_real[:, k - 1]
   reach = around_real[:, density_k - 1]
   around_generated = neighbours(generated, k, block=block, center=center)[:, k - 1]

@@ -80,7 +80,8 @@ def compare(generated: Summary, reference: Summary, *, k: int = 3, density_k: in
     kernel = kernel_distance(a, b, seed=seed)
     add('kid', kernel.mean, False, deviation=kernel.deviation, subsets=kernel.subsets,
         subset_size=kernel.size, **rows)
-    shares = manifold(real=b, generated=a, k=k, density_k=density_k)
+    shares = manifold(real=b, generated=a, k=k, density_k=density_k,
+                      around_real=reference.neighbours(max(k, density_k)))
     add('precision', shares.precision, True, k=k, **rows)
     add('recall', shares.recall, True, k=k, **rows)
     add('density', shares.density, True, k=density_k, **rows)

@@ -10,6 +10,7 @@ keys of ADM, clean-fid and pytorch-fid, whose tools read them.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,7 @@ from smalti.evaluation.archive import Archive, write
 from smalti.evaluation.entropy import CONSECUTIVE, Splits
 from smalti.evaluation.features import Extractor, Images, identity
 from smalti.evaluation.frechet import Moments
+from smalti.evaluation.manifold import neighbours
 
 FORMAT = 1
 OUTPUTS = ('features', 'logits', 'spatial')  # what an extractor may give
@@ -54,6 +56,16 @@ class Summary:
   shuffled: Splits | None
   consecutive: Splits | None
   verified: bool = True
+
+  def neighbours(self, k: int) -> Float[np.ndarray, 'm k']:
+    """Of the kept rows, see `manifold.neighbours`; kept, since a reference serves many times."""
+    if k not in self._neighbours:
+      self._neighbours[k] = neighbours(self.features, k)
+    return self._neighbours[k]
+
+  @functools.cached_property
+  def _neighbours(self) -> dict[int, np.ndarray]:
+    return {}
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes an .npz under its final name only once it is complete."""

@@ -175,7 +175,7 @@ def open_judge(data: Any, folder: pathlib.Path, *, n: int, extractor: str | None
   real = [_summaries(networks, source, data, 'train', len(source), folder),
           _summaries(networks, held, data, 'eval', min(n, len(held)), folder)]
   if reference is not None:
-    real[0][0] = reference_files.load(reference, network)
+    real[0][0] = _read(reference, network)
   return Judge(networks, real[0], real[1], shape, _accuracy(network, held, min(n, len(held))))
 
 
@@ -186,7 +186,14 @@ def judge_of_file(reference: pathlib.Path, extractor: str | None, shape: tuple[i
   if chosen is None:
     raise ValueError(f'No extractor is known for images of {shape}; name one with --extractor.')
   network = extractors.load(chosen, shape=shape, weights=weights)
-  return Judge([network], [reference_files.load(reference, network)], None, shape)
+  return Judge([network], [_read(reference, network)], None, shape)
+
+
+def _read(path: pathlib.Path, network: Any) -> Summary:
+  summary = reference_files.load(path, network)
+  if not summary.verified:
+    say(f'{path} does not say its extractor and resizing: scores are marked unverified_reference')
+  return summary
 
 
 def _shape(source: Any) -> tuple[int, int, int]:
