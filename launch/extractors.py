@@ -60,11 +60,11 @@ def load(reference: str | os.PathLike, *, shape: tuple[int, int, int] | None = N
   name, _, mode = str(reference).partition(':')
   if name == 'inception':
     from smalti.evaluation import inception
-    return inception.load(weights, **({'resize': mode} if mode else {}))
+    return inception.load(weights, resize=mode or 'tf1')
   if name == 'pixels':
     if shape is None:
       raise ValueError("'pixels' needs the shape of the images; give shape=(h, w, channels).")
-    return features.Pixels(tuple(shape))
+    return features.Pixels(shape)
   if name in PACKAGED:
     path = FOLDER / f'{name}.safetensors'
     if not path.is_file():
@@ -99,9 +99,10 @@ def _network(path: pathlib.Path, packaged: Packaged | None = None) -> Network:
     raise ValueError(f'{path} has SHA-256 {digest[:16]}..., expected {packaged.sha256[:16]}...: '
                      'scores would not compare; get the file of this version.')
   loaded = export.load(path)
+  config: Any = loaded.config
   if not isinstance(loaded.model, Classifier):
     raise ValueError(f'{path} is a {runs.kind(loaded.model)}; an extractor is a classifier.')
-  return Network(f'{re.sub("[^0-9A-Za-z]", "", path.stem)}net', loaded.config, loaded.model, digest,
+  return Network(f'{re.sub("[^0-9A-Za-z]", "", path.stem)}net', config, loaded.model, digest,
                  packaged.classes if packaged else ())
 
 

@@ -20,7 +20,7 @@ DATA: dict[str, Any] = {'mnist': MnistConfig(), 'cifar10': CifarJpegConfig()}
 
 
 def climb(name: str, network: Any, n: int) -> dict[str, Any]:
-  """One network's rungs and verdicts, on images of the training split: n against n others.
+  """One network's rungs and verdicts, on images of the training split.
 
   Held-out images are too few where half of the classes are missing.
   """
@@ -32,8 +32,9 @@ def climb(name: str, network: Any, n: int) -> dict[str, Any]:
   say(features.score_name(network))
   for ladder in monotonicity.LADDERS:
     chosen = [rung for rung in rungs if rung.ladder == ladder]
-    say(f'  {ladder:8} ' + '  '.join(f'{r.level:g}: fd {r.fd:.4f} kd {r.kd:.5f}' + (
-        '' if r.recall is None else f' p {r.precision:.3f} r {r.recall:.3f}') for r in chosen))
+    say(f'  {ladder:8} ' + '  '.join(
+        f'{r.level:g}: fd {r.fd:.4f} others {r.fd_others:.4f} kd {r.kd_others:.5f}' + (
+            '' if r.recall is None else f' p {r.precision:.3f} r {r.recall:.3f}') for r in chosen))
   say('  does not hold: ' + (', '.join(k for k, v in verdicts.items() if not v) or 'none'))
   return {'data': name, 'network': features.identity(network), 'n': n,
           'rungs': [dataclasses.asdict(rung) for rung in rungs], 'holds': verdicts}

@@ -60,7 +60,8 @@ class Network:
   """
 
   def __init__(self, loaded: runs.Loaded, codec: runs.Loaded, blocks: tuple[int, ...] | None):
-    self.spec, self.noises = codec.spec, (0.0,)
+    self.spec = codec.spec
+    self.noises: tuple[float, ...] = (0.0,)
     if codec is loaded:
       if blocks:
         raise ValueError(f'{blocks=} are of generators; a tokenizer has none.')
@@ -71,7 +72,7 @@ class Network:
       if not hasattr(loaded.model, 'hidden'):
         raise ValueError(f'{type(loaded.model).__name__} does not show its hidden states; probe '
                          'its tokenizer, or a masked or autoregressive generator.')
-      depth = loaded.config.transformer.layers
+      depth = loaded.model.transformer.layers
       blocks = blocks or tuple(sorted({math.ceil(depth * part / 4) for part in (1, 2, 3, 4)}))
       self._models = loaded.model, codec.model
       self.layers = [f'block{i}' for i in blocks]
@@ -139,9 +140,9 @@ def probe(workdir: str, *, data: Any = None, train: int = 5000, validation: int 
   pools = tuple(pool for pool in POOLS if pool <= min(network.spec.grid))
   grid: dict[Cell, float] = {}
   for noise in network.noises:
-    rows = [network.features(part, noise, pools, seed=seed) for part in (fitted, chosen_by)]
-    grid |= probes.choose({Cell(layer, noise, pool): tuple(
-        Split(x[layer, pool], part.labels) for x, part in zip(rows, (fitted, chosen_by)))
+    x, y = (network.features(part, noise, pools, seed=seed) for part in (fitted, chosen_by))
+    grid |= probes.choose({Cell(layer, noise, pool): (
+        Split(x[layer, pool], fitted.labels), Split(y[layer, pool], chosen_by.labels))
         for layer, pool in itertools.product(network.layers, pools)})
   grid = dict(sorted(grid.items(), key=lambda item: -item[1]))
   for cell, score in grid.items():
@@ -222,8 +223,8 @@ def define(values: Any) -> None:
     flags.DEFINE_integer(name, count, 'Examples at most.', flag_values=values)
   flags.DEFINE_list('blocks', None, 'Of a generator, 1 the first; default four of them.',
                     flag_values=values)
-  flags.DEFINE_list('shots', list(probes.SHOTS), 'Labelled examples per class, of probes on few.',
-                    flag_values=values)
+  flags.DEFINE_list('shots', [str(k) for k in probes.SHOTS],
+                    'Labelled examples per class, of probes on few.', flag_values=values)
   flags.DEFINE_integer('seed', 0, 'Of the splits, subsets and hidden codes.', flag_values=values)
   flags.DEFINE_string('tokenizer', None, 'Where the tokenizer was moved to.', flag_values=values)
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'Averaged or last weights.',
