@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -12,7 +13,8 @@ def whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
   """A new file to write; it takes the name `path` when the block ends, and vanishes if it fails."""
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+  # not by the process: containers that share a folder number theirs alike
+  part = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:12]}.part')
   try:
     with open(part, 'wb') as file:
       yield file

@@ -5,6 +5,7 @@ Both are read as a stream, so that 50,000 images of 256 pixels need the memory o
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 import zipfile
 from collections.abc import Iterator
@@ -105,11 +106,18 @@ def keep(folder: pathlib.Path, kind: Kind, n: int, index: np.ndarray, images: An
       Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(
           folder / 'samples' / f'{i:06d}.png')
     return
-  path = folder / UNFINISHED
-  mode: Literal['r+', 'w+'] = 'r+' if path.exists() else 'w+'
-  array = np.lib.format.open_memmap(path, mode, np.uint8, (n, *host.shape[1:]))
-  array[index[rows]] = host
-  array.flush()
+  # The header is the same whoever writes it, and nothing is cut: processes share the file, and one
+  # that was killed at any byte leaves what the next can go on with.
+  header = {'descr': '|u1', 'fortran_order': False, 'shape': (n, *host.shape[1:])}
+  descriptor = os.open(folder / UNFINISHED, os.O_RDWR | os.O_CREAT, 0o666)
+  with open(descriptor, 'r+b') as file:
+    np.lib.format.write_array_header_1_0(file, header)
+    start = file.tell()
+    for i, image in zip(index[rows], host):
+      file.seek(start + int(i) * image.nbytes)
+      file.write(image.tobytes())
+    file.flush()
+    os.fsync(descriptor)
 
 
 def close(folder: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from smalti.launch import gallery as galleries
 from smalti.launch.gallery import open_gallery
 
 
@@ -68,3 +69,16 @@ def test_pictures_of_two_sizes_and_damaged_ones_are_named(images, tmp_path):
     list(open_gallery(tmp_path / 'pngs').batches(2))
   with pytest.raises(FileNotFoundError):
     open_gallery(tmp_path / 'gone.npz')
+
+
+def test_samples_are_kept_by_processes_together_and_after_a_kill_at_any_byte(images, tmp_path,
+                                                                             monkeypatch):
+  (tmp_path / galleries.UNFINISHED).write_bytes(b'\x93NUM')  # killed in the header
+  rows = {process: np.arange(process, 11, 2) for process in (0, 1)}
+  galleries.keep(tmp_path, 'npz', 11, rows[0], images[rows[0]])
+  # as if this process had looked before the other made the file
+  monkeypatch.setattr(type(tmp_path), 'exists', lambda self: False)
+  galleries.keep(tmp_path, 'npz', 11, np.append(rows[1], -1), images[np.append(rows[1], 0)])
+  monkeypatch.undo()
+  galleries.close(tmp_path)
+  np.testing.assert_array_equal(np.load(tmp_path / 'samples.npz')['arr_0'], images)
