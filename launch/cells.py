@@ -191,22 +191,28 @@ def read_list(path: pathlib.Path) -> list[dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A finished cell: its name, axes, and scores."""
+  """A finished cell: its name, axes, and scores; the identity of its checkpoint."""
   cell: str
   axes: dict[str, Any]
   scores: list[Score]
+  checkpoint: str = ''
 
   @property
   def metrics(self) -> dict[str, float]:
     return {score.name: score.value for score in self.scores}
+
+  @property
+  def samples(self) -> int:
+    return self.scores[0].samples
 
 
 def rows(out: pathlib.Path) -> list[Row]:
   """All finished cells of a sweep folder, ordered by their axes."""
   found = []
   for done in (out / 'cells').glob(f'*/{DONE}'):
-    axes = json.loads((done.parent / 'config.json').read_text(encoding='utf-8'))['axes']
-    found.append(Row(done.parent.name, axes, read_scores(done.parent / 'scores.json')))
+    cell = json.loads((done.parent / 'config.json').read_text(encoding='utf-8'))
+    found.append(Row(done.parent.name, cell['axes'], read_scores(done.parent / 'scores.json'),
+                     cell['definition'].get('checkpoint', '')))
   return sorted(found, key=lambda row: ([_order(v) for v in row.axes.values()], row.cell))
 
 
@@ -221,10 +227,10 @@ def write_tables(out: pathlib.Path) -> list[Row]:
   found = rows(out)
   axes = list(dict.fromkeys(name for row in found for name in row.axes))
   metrics = list(dict.fromkeys(name for row in found for name in row.metrics))
-  lines = [{'cell': row.cell, **row.axes, **row.metrics} for row in found]
+  lines = [{'cell': row.cell, **row.axes, 'n': row.samples, **row.metrics} for row in found]
   _write(out / 'results.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
   buffer = io.StringIO()
-  writer = csv.DictWriter(buffer, ['cell', *axes, *metrics], lineterminator='\n', restval='')
+  writer = csv.DictWriter(buffer, ['cell', *axes, 'n', *metrics], lineterminator='\n', restval='')
   writer.writeheader()
   writer.writerows(lines)
   _write(out / 'results.csv', buffer.getvalue())

@@ -6,7 +6,6 @@ difference below it is none.
 
 import collections
 import dataclasses
-import os
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import smalti
+from smalti.evaluation.files import whole
 from smalti.evaluation.manifest import Score
 from smalti.launch import cells, charts, page
 from smalti.launch.cells import Row
@@ -48,24 +48,38 @@ def write_page(out: pathlib.Path) -> pathlib.Path:
   """Writes `out/report/index.html` from the finished cells and returns its path."""
   rows, failed = cells.rows(out), cells.failures(out)
   folder = out / 'report'
-  shutil.rmtree(folder / 'pictures', ignore_errors=True)  # ours, of the page before
-  (folder / 'pictures').mkdir(parents=True)
+  (folder / 'pictures').mkdir(parents=True, exist_ok=True)
   title = f'Sweep of {", ".join(dict.fromkeys(str(row.axes["run"]) for row in rows)) or out.name}'
   text = page.document(title, _body(out, rows, failed, folder), [], _lead(rows, failed),
                        f'Written by smalti {smalti.__version__}.')
-  part = folder / f'.index.{os.getpid()}.part'
-  part.write_text(text, encoding='utf-8')
-  os.replace(part, folder / 'index.html')
+  with whole(folder / 'index.html') as file:
+    file.write(text.encode())
+  for picture in (folder / 'pictures').iterdir():  # ours, of the page before
+    if f'"pictures/{picture.name}"' not in text:
+      picture.unlink(missing_ok=True)  # another worker may write the page at this moment
   return folder / 'index.html'
 
 
 def group(rows: Sequence[Row]) -> list[Group]:
-  """Rows with the same axes but for the seed, in order."""
+  """Rows with the same axes but for the seed, in order; an axis that a row lacks is None.
+
+  Checkpoints that only bear one name are no seeds of each other.
+  """
   found: dict[str, Group] = {}
+  names = dict.fromkeys(name for row in rows for name in row.axes if name != 'seed')
   for row in rows:
-    axes = {name: value for name, value in row.axes.items() if name != 'seed'}
-    found.setdefault(repr(axes), Group(axes, [])).cells.append(row)
+    axes = {name: row.axes.get(name) for name in names}
+    found.setdefault(repr((axes, row.checkpoint)), Group(axes, [])).cells.append(row)
   return list(found.values())
+
+
+def comparable(rows: Sequence[Row]) -> list[list[Row]]:
+  """Rows with one number of samples, extractor and reference: no others compare."""
+  found: dict[tuple, list[Row]] = {}
+  for row in rows:
+    score = row.scores[0]
+    found.setdefault((score.samples, score.sha256, score.reference), []).append(row)
+  return [found[key] for key in sorted(found, key=lambda key: (key[0], repr(key)))]
 
 
 def varying(groups: Sequence[Group]) -> dict[str, list[Any]]:
@@ -98,9 +112,10 @@ def pareto(x: np.ndarray, y: np.ndarray, x_higher: bool, y_higher: bool) -> np.n
 def _lead(rows: Sequence[Row], failed: dict[str, str]) -> str:
   if not rows:
     return f'No cell is finished yet; {len(failed)} failed.' if failed else 'No cell is finished.'
-  score = rows[0].scores[0]
-  text = (f'{len(rows)} cells of {score.samples:,} samples each, all drawn from the same noise, '
-          f'compared with {score.reference_samples:,} training images.')
+  text = '; '.join(
+      f'{len(part)} cells of {part[0].scores[0].samples:,} samples each, all drawn from the same '
+      f'noise, compared with {part[0].scores[0].reference_samples:,} training images'
+      for part in comparable(rows)) + '.'
   text += (' The best cell is chosen on the reference it is scored on, which is standard and '
            'optimistic.')
   return text + (f' {len(failed)} cells failed.' if failed else '')
@@ -113,15 +128,19 @@ def _body(out: pathlib.Path, rows: list[Row], failed: dict[str, str], folder: pa
     warning = f'<div class="notes">{notes}</div>'
   else:
     warning = ''
-  if not rows:
-    return warning
+  return warning + ''.join(
+      f'<section class="run">{_part(out, part, folder)}</section>' for part in comparable(rows))
+
+
+def _part(out: pathlib.Path, rows: list[Row], folder: pathlib.Path) -> str:
+  """Cells that compare."""
   groups = group(rows)
   axes = varying(groups)
   scores = {score.name: score for row in rows for score in row.scores}
   first = next(iter(scores.values()))
-  return (f'<section class="run">{warning}{_best(out, groups, axes, first, folder)}'
-          f'{_curves(groups, axes, scores)}{_trades(groups, axes, scores)}'
-          f'{_table(groups, axes, scores)}</section>')
+  mark = rows[0].cell  # for identities on the page
+  return (f'{_best(out, groups, axes, first, folder)}{_curves(groups, axes, scores, mark)}'
+          f'{_trades(groups, axes, scores, mark)}{_table(groups, axes, scores)}')
 
 
 def _best(out: pathlib.Path, groups: list[Group], axes: dict[str, list[Any]], score: Score,
@@ -147,11 +166,13 @@ def _best(out: pathlib.Path, groups: list[Group], axes: dict[str, list[Any]], sc
   if floor is not None:
     about += (f'; {charts.number(floor)} for {score.beside.get("floor_samples"):,} real held-out '
               'images')
-  return (f'<h3>The best cells</h3><p class="about">{page.escape(about)}.</p>'
+  return (f'<h3>The best cells of {score.samples:,} samples</h3>'
+          f'<p class="about">{page.escape(about)}.</p>'
           f'<div class="pictures">{figures}</div>')
 
 
-def _curves(groups: list[Group], axes: dict[str, list[Any]], scores: dict[str, Score]) -> str:
+def _curves(groups: list[Group], axes: dict[str, list[Any]], scores: dict[str, Score],
+            mark: str) -> str:
   """Every metric over every numeric axis, a line per value of another axis."""
   out = ''
   numeric = [name for name, values in axes.items()
@@ -173,7 +194,8 @@ def _curves(groups: list[Group], axes: dict[str, list[Any]], scores: dict[str, S
           label = '' if other is None else f'{other} {_plain(value)}'
           lines.append(charts.Line(label, x, y))
       if lines:
-        figures.append(charts.chart(_heading(metric, scores), lines, f'{name}-{i}', across=name))
+        figures.append(charts.chart(_heading(metric, scores), lines, f'{mark}-{name}-{i}',
+                                    across=name))
     if figures:
       fixed = ', '.join(f'{a} {_plain(anchor.axes[a])}' for a in rest)
       said = f'<p class="about">At {page.escape(fixed)}.</p>' if fixed else ''
@@ -182,7 +204,8 @@ def _curves(groups: list[Group], axes: dict[str, list[Any]], scores: dict[str, S
   return out
 
 
-def _trades(groups: list[Group], axes: dict[str, list[Any]], scores: dict[str, Score]) -> str:
+def _trades(groups: list[Group], axes: dict[str, list[Any]], scores: dict[str, Score],
+            mark: str) -> str:
   """Scatter of pairs of measures; the cells that no other beats in both are listed."""
   figures = []
   for i, (left, right) in enumerate(TRADES):
@@ -198,8 +221,8 @@ def _trades(groups: list[Group], axes: dict[str, list[Any]], scores: dict[str, S
              charts.Line('unbeaten', x[front][order], y[front][order])]
     said = '; '.join(_said(g, axes) for g, kept in zip(chosen, front) if kept)
     figures.append(
-        '<div>' + charts.chart(f'{right} over {left}', lines, f'trade-{i}', across=a, dots=True,
-                                values=False)
+        '<div>' + charts.chart(f'{right} over {left}', lines, f'{mark}-trade-{i}', across=a,
+                                dots=True, values=False)
         + f'<p class="about">Unbeaten: {page.escape(said)}.</p></div>')
   return f'<h3>Trade-offs</h3><div class="charts">{"".join(figures)}</div>' if figures else ''
 
