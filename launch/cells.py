@@ -206,12 +206,16 @@ class Row:
     return self.scores[0].samples
 
 
+def finished(out: pathlib.Path) -> list[pathlib.Path]:
+  return [done.parent for done in (out / 'cells').glob(f'*/{DONE}')]
+
+
 def rows(out: pathlib.Path) -> list[Row]:
   """All finished cells of a sweep folder, ordered by their axes."""
   found = []
-  for done in (out / 'cells').glob(f'*/{DONE}'):
-    cell = json.loads((done.parent / 'config.json').read_text(encoding='utf-8'))
-    found.append(Row(done.parent.name, cell['axes'], read_scores(done.parent / 'scores.json'),
+  for folder in finished(out):
+    cell = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    found.append(Row(folder.name, cell['axes'], read_scores(folder / 'scores.json'),
                      cell['definition'].get('checkpoint', '')))
   return sorted(found, key=lambda row: ([_order(v) for v in row.axes.values()], row.cell))
 

@@ -13,6 +13,7 @@ combined (--mode=grid), taken in step (zip), or listed in a JSON file (--mode=li
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import tempfile
 import time
@@ -80,6 +81,9 @@ class Sweep:
     self._override, self._weights = tokenizer, inception_weights
     self._loaded: tuple[tuple, runs.Loaded] | None = None
     self.outlines = {workdir: runs.outline(workdir) for workdir in self.workdirs}
+    names = {workdir: os.path.basename(os.path.abspath(workdir)) for workdir in self.workdirs}
+    self.labels = {workdir: name if list(names.values()).count(name) == 1 else workdir
+                   for workdir, name in names.items()}
     self.tokenizers: dict[str, runs.Loaded] = {}
     data = None
     for workdir, outline in self.outlines.items():
@@ -135,7 +139,7 @@ class Sweep:
         'format': FORMAT, 'weights': weights, 'settings': said, 'n': self.n, 'seed': seed,
         'checkpoint': manifest.identity(outline.path / 'checkpoints' / str(step)),
         'tokenizer': self.tokenizers[run].fingerprint, **self.judge.definition}
-    axes = {'run': outline.path.name, 'checkpoint': step, 'weights': weights, 'seed': seed,
+    axes = {'run': self.labels[run], 'checkpoint': step, 'weights': weights, 'seed': seed,
             **{k: v if isinstance(v, int | float | str | None) else str(v)
                for k, v in said.items() if k != 'type'}}
     return Point(Cell(axes, definition), run, step, weights, seed, settings)
@@ -176,26 +180,27 @@ class Sweep:
       done += 1
       if done % self.save_every == 0 or done == mine:
         accumulation.save(state, done)
-        folder.touch()
+      folder.touch()
       if preemption is not None and preemption.requested:
         accumulation.save(state, done)
         raise exits.Preempted(f'stopped in cell {point.cell.id} after {done} batches; the same '
                               'command goes on.')
     if self.processes > 1:
-      accumulation = self._gather(point, folder)
-    if self.process == 0:
+      from jax.experimental import multihost_utils
+      multihost_utils.sync_global_devices(point.cell.id)  # all parts are written
+    if self.process == 0:  # alone: what is finished has no parts any more
+      accumulation = self._gather(point, folder) if self.processes > 1 else accumulation
       self._finish(point, folder, generator, accumulation)
       log.write(event='cell', cell=point.cell.id, seconds=round(time.perf_counter() - begin, 3))
 
   def _state(self, folder: Folder, process: int) -> pathlib.Path:
-    # other batch sizes or numbers of processes have drawn other batches
+    # other batch sizes or numbers of processes have drawn other batches, or kept other samples
     name = f'accumulator-{self.sampler.batch_size}-{process}of{self.processes}'
+    name += '' if self.save_samples == 'none' else f'-{self.save_samples}'
     return folder.path / 'parts' / name
 
   def _gather(self, point: Point, folder: Folder) -> Accumulation:
     """The parts of all processes, merged in their order, from the folder they share."""
-    from jax.experimental import multihost_utils
-    multihost_utils.sync_global_devices(point.cell.id)
     total = Accumulation(self.judge, self.n, source=point.cell.id)
     for process in range(self.processes):
       part = Accumulation(self.judge, self.n, source=point.cell.id)
@@ -272,6 +277,8 @@ def plan(sweep: Sweep, *, mode: str, checkpoint: str, weights: str, seed: str,
     ValueError: an axis that is none, a value of another type, or axes that do not go together.
   """
   asked = []
+  if listed is not None and mode != 'list':
+    raise ValueError(f'--cells={listed} needs --mode=list.')
   for workdir in sweep.workdirs:
     axes: dict[str, list[Any]] = {
         'checkpoint': sweep.steps(workdir, checkpoint), 'weights': cells.values(weights),
@@ -281,6 +288,9 @@ def plan(sweep: Sweep, *, mode: str, checkpoint: str, weights: str, seed: str,
     if mode == 'list':
       if listed is None:
         raise ValueError('--mode=list needs --cells=FILE.json, a list of objects.')
+      if several := [name for name, found in axes.items() if len(found) > 1]:
+        raise ValueError(f'--mode=list takes one {several[0]} for all cells, got '
+                         f'{len(axes[several[0]])}; name others in the file.')
       rows = [_listed(row, axes, sweep, workdir) for row in cells.read_list(listed)]
     else:
       rows = cells.expand(axes, mode)
@@ -347,11 +357,22 @@ def _held(sweep: Sweep, point: Point) -> Iterator[None]:
     if sweep.process == 0:
       try:
         stack.enter_context(Folder(sweep.out, point.cell.id).lock())
+        taken = Folder(sweep.out, point.cell.id).done  # since this worker made its list
       except cells.Taken:
         taken = True
     if signals.agreed(taken):
-      raise cells.Taken(f'{point.cell.id} is held by another worker')
+      raise cells.Taken(f'{point.cell.id} is held or was finished by another worker')
     yield
+
+
+def derive(out: pathlib.Path) -> tuple[list[cells.Row], pathlib.Path]:
+  """Writes tables and page; returns the finished cells that are in them, and the page."""
+  while True:
+    found = cells.write_tables(out)
+    page = curves.write_page(out)
+    # another worker may have finished a cell meanwhile, and written what this one replaced
+    if len(cells.finished(out)) == len(found):
+      return found, page
 
 
 def _said(point: Point, points: Sequence[Point]) -> str:
@@ -430,8 +451,7 @@ def main(values: Any) -> int:
   begin = time.perf_counter()
   failed = execute(sweep, points, worker=values.worker, workers=values.num_workers)
   if jax.process_index() == 0:
-    found = cells.write_tables(out)
-    page = curves.write_page(out)
+    found, page = derive(out)
     say(f'{len(found)} cells, {Log.count(out, "batch")} batches drawn in all, '
         f'{sweep.sampler.programs} programs compiled, {time.perf_counter() - begin:.0f} s: {page}')
   return 1 if failed else 0

@@ -38,8 +38,8 @@ def quick():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sweeps, 'Sampler', lambda size: Sampler(size, jax.local_devices()[:1]))
     fit, known = judges._fitted, {}
-    patch.setattr(judges, '_fitted', lambda data, shape: known.setdefault(
-        shape, known.get(shape) or fit(data, shape)))
+    patch.setattr(judges, '_fitted', lambda data, shape, folder: known.setdefault(
+        shape, known.get(shape) or fit(data, shape, folder)))
     yield
 
 
@@ -94,7 +94,10 @@ def test_axes_make_cells_and_mistakes_are_one_line(out, generator, tmp_path):
       ('not one of ema, raw', dict(weights='best')), ('integer of 0', dict(seed='-1')),
       ('did you mean', dict(temprature='1')), ('zip needs', dict(mode='zip', seed='0,1,2',
                                                                 temperature='1,2')),
-      ('needs --cells', dict(mode='list'))]:
+      ('needs --cells', dict(mode='list')),
+      ('needs --mode=list', dict(listed=tmp_path / 'list.json')),
+      ('one settings.temperature for all', dict(
+          mode='list', listed=tmp_path / 'list.json', temperature='1,2'))]:
     with pytest.raises(ValueError, match=message):
       plan(sweep, **options)
 
@@ -236,3 +239,79 @@ def test_a_cell_is_repeated_from_its_scores(out, generator, capfd):
   path.write_text(path.read_text().replace('"n": 40', '"n": 41'))
   with pytest.raises(ValueError, match='was edited'):
     evaluate.repeat(path)
+
+
+def test_processes_share_a_cell_and_only_the_first_gathers(out, generator, tmp_path, monkeypatch):
+  alone = shutil.copytree(out, tmp_path / 'alone')
+  one = make(alone, generator)
+  sweeps.execute(one, plan(one))
+  whole = cells.rows(alone)[0]
+  monkeypatch.setattr('jax.experimental.multihost_utils.sync_global_devices', lambda name: None)
+  gather, gathered = sweeps.Sweep._gather, []
+  monkeypatch.setattr(sweeps.Sweep, '_gather', lambda self, *args: (
+      gathered.append(self.process), gather(self, *args))[1])
+  for process in (1, 0):  # as if the other had come first
+    sweep = make(out, generator)
+    sweep.processes, sweep.process = 2, process
+    (point,) = plan(sweep)
+    sweep.run(point, cells.Log(out, process))
+  assert gathered == [0]
+  (row,) = cells.rows(out)
+  assert row.metrics == pytest.approx(whole.metrics, rel=1e-9)
+
+
+def test_what_another_worker_finished_meanwhile_is_not_drawn_again(out, generator, monkeypatch):
+  sweep = make(out, generator)
+  points = plan(sweep)
+  left = sweeps.Sweep.left
+  monkeypatch.setattr(sweeps.Sweep, 'left', lambda self, points: list(points))  # the list is old
+  for _ in range(2):
+    assert sweeps.execute(sweep, points) == 0
+  assert cells.Log.count(out, 'batch') == 3
+  assert left(sweep, points) == []
+
+
+def test_samples_are_complete_where_they_are_asked_for_after_a_stop(out, generator, monkeypatch):
+  add, count = Accumulation.add, []
+
+  def stopping(self, *args):
+    count.append(1)
+    if len(count) == 3:
+      raise KeyboardInterrupt
+    add(self, *args)
+
+  monkeypatch.setattr(Accumulation, 'add', stopping)
+  sweep = make(out, generator)
+  (point,) = plan(sweep)
+  with pytest.raises(KeyboardInterrupt):
+    sweeps.execute(sweep, [point])
+  assert sweeps.execute(make(out, generator, save_samples='npz'), [point]) == 0
+  kept = np.load(Folder(out, point.cell.id).path / 'samples.npz')['arr_0']
+  loaded = runs.load(generator)
+  np.testing.assert_array_equal(kept, draw(
+      loaded, runs.load_tokenizer(loaded), n=N, seed=0, batch_size=BATCH,
+      settings=resolve_settings(loaded, {})).images)
+
+
+def test_tables_hold_what_was_finished_while_they_were_written(out, generator, monkeypatch):
+  sweep = make(out, generator)
+  (point,) = plan(sweep)
+  sweeps.execute(sweep, [point])
+  write = curves.write_page
+
+  def meanwhile(folder):
+    cell = Folder(out, point.cell.id).path
+    if not (cell.parent / 'other').exists():
+      shutil.copytree(cell, cell.parent / 'other')
+    return write(folder)
+
+  monkeypatch.setattr(curves, 'write_page', meanwhile)
+  found, _ = sweeps.derive(out)
+  assert len(found) == 2 and len((out / 'results.jsonl').read_text().splitlines()) == 2
+
+
+def test_runs_of_one_name_are_told_apart(out, generator, tmp_path):
+  other = shutil.copytree(generator, tmp_path / 'other' / 'ar')
+  sweep = sweeps.Sweep(out, [generator, str(other)], n=N)
+  assert set(sweep.labels.values()) == {generator, str(other)}
+  assert sweeps.Sweep(out, [f'{generator}/'], n=N).labels == {f'{generator}/': 'ar'}
