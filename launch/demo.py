@@ -15,6 +15,7 @@ import numpy as np
 
 from smalti.evaluation.manifest import Score
 from smalti.launch import cli, evaluate as scoring, pictures, provenance, report, run as runs
+from smalti.launch.judge import references
 from smalti.launch.progress import say
 from smalti.launch.reconstruct import pairs, reconstruct
 from smalti.launch.sample import draw, record, resolve_settings, write
@@ -42,7 +43,8 @@ def demo(workdir: pathlib.Path, size: str = 'base', *, results: pathlib.Path | N
   remade, _ = reconstruct(tokenizer, images)
   pictures.save_grid(tokenizer_run / 'reconstructions' / f'step{tokenizer.step}.png',
                      pairs(images, remade, 16), columns=16, band=2)
-  tables = {'digits_vq': scoring.evaluate(str(tokenizer_run))}
+  real = references(workdir)
+  tables = {'digits_vq': scoring.evaluate(str(tokenizer_run), kept=real)}
   for i, (name, title) in enumerate(KINDS.items(), 2):
     say(f'{i}/3  {title} over its tokens')
     generator = dataclasses.replace(
@@ -50,7 +52,7 @@ def demo(workdir: pathlib.Path, size: str = 'base', *, results: pathlib.Path | N
     train(generator, workdir / name)
     for label, overrides in (('', {}), ('guided', {'guidance': GUIDANCE})):
       tables[f'{name} {label}'.strip()] = _sample_and_score(
-          workdir / name, tokenizer, label, overrides)
+          workdir / name, tokenizer, label, overrides, real)
   training = [('Tokenizer', tokenizer_run)] + [(t, workdir / n) for n, t in KINDS.items()]
   page = report.write_report(workdir, training, title='smalti demo', text=_words(tables))
   seconds = time.perf_counter() - begin
@@ -62,14 +64,15 @@ def demo(workdir: pathlib.Path, size: str = 'base', *, results: pathlib.Path | N
 
 
 def _sample_and_score(run: pathlib.Path, tokenizer: runs.Loaded, label: str,
-                      overrides: dict[str, str]) -> list[Score]:
+                      overrides: dict[str, str], real: pathlib.Path) -> list[Score]:
   """Ten rows of ten digits for the eye, and the scores of a thousand."""
   loaded = runs.load(run)
   settings = resolve_settings(loaded, overrides)
   samples = draw(loaded, tokenizer, n=100, seed=0, settings=settings, batch_size=100)
   write(run / 'samples', f'step{loaded.step}{"_" + label if label else ""}', samples,
         record(loaded, settings, n=100, seed=0, nfe=samples.nfe), columns=10)
-  rows = scoring.evaluate(str(run), n=SAMPLES, name=label or None, settings=overrides)
+  rows = scoring.evaluate(str(run), n=SAMPLES, name=label or None, settings=overrides,
+                          kept=real)
   jax.clear_caches()
   return rows
 

@@ -26,6 +26,7 @@ from smalti.launch.fidelity import tokenizer_scores
 from smalti.launch.gallery import open_gallery
 from smalti.launch.judge import (
     BATCH,
+    BYTES,
     Accumulation,
     Judge,
     accumulate,
@@ -52,7 +53,8 @@ class Split:
   @classmethod
   def read(cls, data: Any, split: str) -> 'Split':
     source = data.open(split)
-    rows = source.read(np.arange(min(len(source), LARGEST)))
+    size = sum(value[0].nbytes for value in source.read(np.arange(1)).values())
+    rows = source.read(np.arange(max(2, min(len(source), LARGEST, BYTES // size))))
     if 'image' not in rows:
       raise ValueError(f'{type(data).__name__} holds no images to compare with; '
                        'evaluate with --data=CONFIG, whose data has.')
@@ -152,18 +154,24 @@ def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = N
              tokenizer: str | None = None, settings: dict[str, str] | None = None,
              weights: str = 'ema', extractor: str | None = None, batch_size: int = 64,
              inception_weights: str | None = None, lpips: Net | None = None,
-             write: bool = True) -> list[Score]:
-  """Scores a run and writes its `scores.json` (or `scores_NAME.json`)."""
+             write: bool = True, kept: pathlib.Path | None = None) -> list[Score]:
+  """Scores a run and writes its `scores.json` (or `scores_NAME.json`).
+
+  Args:
+    write: False returns the scores and writes nothing but what `kept` is for.
+    kept: the folder for summaries of real images; None takes one in the run.
+  """
   loaded = runs.load(workdir, weights=weights)
   data = loaded.experiment.data if loaded.experiment else None
   folder = runs.split_reference(workdir)[0]
+  kept = kept or references(folder)
   if data is None:
     raise ValueError(f'{workdir} is an exported file without data; evaluate a run folder.')
   request: dict[str, Any] = {'verb': 'evaluate', 'workdir': str(workdir), 'weights': weights,
              'extractor': extractor, 'inception_weights': inception_weights, 'name': name}
   if hasattr(loaded.model, 'encode'):
     scores = Scores(loaded)
-    judge = open_judge(data, references(folder), n=10**9, extractor=extractor,
+    judge = open_judge(data, kept, n=10**9, extractor=extractor,
                        weights=inception_weights)
     tokenizer_scores(loaded, scores, judge, data, lpips=lpips,
                      tables=folder / 'evaluation' if write else None)
@@ -173,7 +181,7 @@ def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = N
     chosen = resolve_settings(loaded, settings or {})
     real = runs.pixels(data, codec)
     train, held_out = (Split.read(real, split) for split in ('train', 'eval'))
-    judge = open_judge(real, references(folder), n=n, extractor=extractor,
+    judge = open_judge(real, kept, n=n, extractor=extractor,
                        weights=inception_weights)
     samples, accumulation = sample(loaded, codec, judge, n=n, seed=seed, settings=chosen,
                                    batch_size=batch_size)

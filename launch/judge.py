@@ -27,6 +27,7 @@ from smalti.launch.progress import say, track
 
 BATCH = 256  # real images per call of an extractor
 FIT = 20_000  # training images that an extractor is fitted on, at most
+BYTES = 1 << 29  # of real images in memory at once, at most
 
 
 class Accumulation:
@@ -102,12 +103,14 @@ class Judge:
     shape: of the images.
     accuracy: of the extractor's logits on real held-out images, where they are over the labels of
       the data; None where they are not.
+    folder: where floors are kept; None keeps none.
   """
   networks: list[Any]
   reference: list[Summary]
   held_out: list[Summary] | None
   shape: tuple[int, int, int]
   accuracy: float | None = None
+  folder: pathlib.Path | None = None
 
   @property
   def extractor(self) -> Any:
@@ -140,8 +143,16 @@ class Judge:
 
   @functools.cached_property
   def floors(self) -> list[dict[str, float]]:
-    """Measures of real held-out images, by network."""
-    return [_by_measure(measures.compare(*pair)) for pair in zip(self.held_out, self.reference)]
+    """Measures of real held-out images, by network; kept beside the summaries they are of."""
+    key = seal([self.definition, features.identity(self.networks[1])])[:16]
+    path = self.folder and self.folder / f'floors-{key}.json'
+    if path and path.exists():
+      return json.loads(path.read_text(encoding='utf-8'))
+    found = [_by_measure(measures.compare(*pair)) for pair in zip(self.held_out, self.reference)]
+    if path and jax.process_index() == 0:
+      with whole(path) as file:
+        file.write(json.dumps(found).encode())
+    return found
 
 
 def _by_measure(rows: list[Measured]) -> dict[str, float]:
@@ -169,14 +180,15 @@ def open_judge(data: Any, folder: pathlib.Path, *, n: int, extractor: str | None
   shape = _shape(source)
   chosen = extractor or extractors.default_for(shape)
   network: Any = extractors.load(
-      chosen, shape=shape, weights=weights) if chosen else _fitted(data, shape)
+      chosen, shape=shape, weights=weights) if chosen else _fitted(data, shape, folder)
   networks = [network, network.random(0)]
   held = data.open('eval')
   real = [_summaries(networks, source, data, 'train', len(source), folder),
           _summaries(networks, held, data, 'eval', min(n, len(held)), folder)]
   if reference is not None:
     real[0][0] = _read(reference, network)
-  return Judge(networks, real[0], real[1], shape, _accuracy(network, held, min(n, len(held))))
+  return Judge(networks, real[0], real[1], shape,
+               _accuracy(network, held, min(n, len(held))), folder)
 
 
 def judge_of_file(reference: pathlib.Path, extractor: str | None, shape: tuple[int, int, int],
@@ -204,16 +216,21 @@ def _shape(source: Any) -> tuple[int, int, int]:
   return row['image'].shape[1:]
 
 
-def _fitted(data: Any, shape: tuple[int, int, int]) -> Any:
+def _fitted(data: Any, shape: tuple[int, int, int], folder: pathlib.Path) -> Any:
   """An extractor fitted on the training images, for data that no shipped network fits."""
   train, held_out = data.open('train'), data.open('eval')
-  rows = train.read(np.arange(min(len(train), FIT)))
-  tests = held_out.read(np.arange(min(len(held_out), FIT)))
-  if len(train.classes) > 1 and np.prod(shape) <= 4096:
-    return features.Classifier.fit(
-        'mlp64', (rows['image'], rows['label']), (tests['image'], tests['label']))
-  return features.Principal.fit(
-      rows['image'], min(64, len(rows['image']) - 1, int(np.prod(shape))))
+  size = int(np.prod(shape))
+  most = max(2, min(FIT, BYTES // size))
+  if len(train.classes) < 2 or size > 4096:
+    images = train.read(np.arange(min(len(train), most)))['image']
+    return features.Principal.fit(images, min(64, len(images) - 1, size))
+  key = seal({'data': serialization.to_json(data), 'of': len(train)})[:16]
+  path = folder / f'fitted-{key}.npz'
+  if not path.exists():
+    rows, tests = (source.read(np.arange(min(len(source), most))) for source in (train, held_out))
+    features.Classifier.fit('mlp64', (rows['image'], rows['label']),
+                            (tests['image'], tests['label'])).save(path)
+  return features.Classifier.load(path)
 
 
 def _summaries(networks: list[Any], source: Any, data: Any, split: str, n: int,

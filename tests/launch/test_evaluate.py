@@ -17,8 +17,8 @@ def quick():
   """The extractor is fitted once for all tests."""
   with pytest.MonkeyPatch.context() as patch:
     fit, known = judges._fitted, {}
-    patch.setattr(judges, '_fitted', lambda data, shape: known.setdefault(
-        shape, known.get(shape) or fit(data, shape)))
+    patch.setattr(judges, '_fitted', lambda data, shape, folder: known.setdefault(
+        shape, known.get(shape) or fit(data, shape, folder)))
     yield
 
 
