@@ -4,7 +4,7 @@ from typing import Any
 
 from smalti.evaluation.manifest import Score, versions
 from smalti.evaluation.summary import Summary
-from smalti.launch import run as runs
+from smalti.launch import manifest, run as runs
 from smalti.launch.judge import Accumulation, Judge
 from smalti.launch.progress import say
 from smalti.launch.serialization import to_json
@@ -16,7 +16,7 @@ class Scores:
   def __init__(self, loaded: runs.Loaded | None, name: str = '', settings: Any = None,
                seeds: tuple[int, ...] = (), *, quiet: bool = False):
     self.common: dict[str, Any] = dict(
-        model=name if loaded is None else f'{loaded.fingerprint} {loaded.path.name}@{loaded.step}',
+        model=name if loaded is None else f'{_mark(loaded)} {loaded.path.name}@{loaded.step}',
         weights='none' if loaded is None else loaded.weights,
         settings={} if settings is None else to_json(settings), seeds=seeds,
         versions=versions('jax', 'flax', 'scikit-learn'))
@@ -51,3 +51,10 @@ class Scores:
     if accumulation is not None and accumulation.nfe is not None:
       self.add('nfe', accumulation.nfe, unit='passes per sample', higher=False,
                samples=summaries[0].n)
+
+
+def _mark(loaded: runs.Loaded) -> str:
+  """16 hex digits of the model itself: the fingerprint of a generator is that of its tokenizer."""
+  if loaded.experiment is None or runs.kind(loaded.model) != 'generator':
+    return loaded.fingerprint
+  return manifest.identity(loaded.path / 'checkpoints' / str(loaded.step))[:16]

@@ -20,6 +20,7 @@ from smalti.launch import (
 from smalti.launch.cells import Folder
 from smalti.launch.judge import Accumulation
 from smalti.launch.sample import Sampler, draw, resolve_settings
+from smalti.launch.scores import Scores
 from smalti.launch.train import train
 
 N, BATCH = 40, 16
@@ -315,3 +316,10 @@ def test_runs_of_one_name_are_told_apart(out, generator, tmp_path):
   sweep = sweeps.Sweep(out, [generator, str(other)], n=N)
   assert set(sweep.labels.values()) == {generator, str(other)}
   assert sweeps.Sweep(out, [f'{generator}/'], n=N).labels == {f'{generator}/': 'ar'}
+
+
+def test_scores_name_the_generator_and_not_its_tokenizer(generator):
+  models = [Scores(runs.load(f'{generator}@{step}')).common['model'].split() for step in (1, 2)]
+  assert [name for _, name in models] == ['ar@1', 'ar@2']
+  marks = {mark for mark, _ in models} | {runs.load(generator).fingerprint}
+  assert len(marks) == 3
