@@ -205,7 +205,10 @@ def _read(path: pathlib.Path, network: Any) -> Summary:
   summary = reference_files.load(path, network)
   if not summary.verified:
     say(f'{path} does not say its extractor and resizing: scores are marked unverified_reference')
-  return summary
+  if summary.source:
+    return summary
+  digest = hashlib.sha256(path.read_bytes()).hexdigest()
+  return dataclasses.replace(summary, source=f'{path.name} sha256:{digest[:16]}')
 
 
 def _shape(source: Any) -> tuple[int, int, int]:
