@@ -167,7 +167,9 @@ def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = N
   kept = kept or references(folder)
   if data is None:
     raise ValueError(f'{workdir} is an exported file without data; evaluate a run folder.')
-  request: dict[str, Any] = {'verb': 'evaluate', 'workdir': str(workdir), 'weights': weights,
+  # with the step, so that a run which is trained further is asked for what was scored
+  named = workdir if runs.split_reference(workdir)[1] else f'{workdir}@{loaded.step}'
+  request: dict[str, Any] = {'verb': 'evaluate', 'workdir': str(named), 'weights': weights,
              'extractor': extractor, 'inception_weights': inception_weights, 'name': name}
   if hasattr(loaded.model, 'encode'):
     scores = Scores(loaded)
@@ -250,7 +252,9 @@ def repeat(path: pathlib.Path, workdir: str | None = None) -> int:
   request = dict(request)
   verb = request.pop('verb')
   if workdir is not None:
-    request['workdir'] = workdir
+    step = runs.split_reference(request.get('workdir', ''))[1] if verb == 'evaluate' else ''
+    named = not step or runs.split_reference(workdir)[1]
+    request['workdir'] = workdir if named else f'{workdir}@{step}'
   say(f'repeating {path}')
   if verb == 'sweep':
     from smalti.launch import sweep

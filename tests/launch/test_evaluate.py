@@ -10,6 +10,7 @@ from smalti.data.digits import DigitsConfig
 from smalti.evaluation.manifest import read_file, read_scores
 from smalti.evaluation.summary import Accumulator
 from smalti.launch import cli, evaluate, judge as judges
+from smalti.launch.train import train
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -114,3 +115,23 @@ def test_mistakes_are_one_line(arguments, message, digits, tmp_path, monkeypatch
   assert cli.main(['evaluate', *arguments]) == 2
   err = capfd.readouterr().err.strip().splitlines()
   assert message in err[-1] and err[-1].startswith('smalti: ')
+
+
+def test_a_run_that_is_trained_further_is_asked_for_what_was_scored(tmp_path, monkeypatch, capfd):
+  def train_to(steps):
+    train(cli.load_config('digits_vq:debug', [('mesh.data', '1'), ('steps', str(steps)),
+                                              ('optimizer.schedule', 'constant'),
+                                              ('optimizer.warmup', '0')]), tmp_path / 'run')
+
+  monkeypatch.setattr(evaluate, 'open_judge', lambda *args, **kwargs: None)
+  monkeypatch.setattr(evaluate, 'tokenizer_scores', lambda loaded, scores, *args, **kwargs: (
+      scores.add('psnr', float(loaded.step), samples=1)))
+  train_to(1)
+  assert cli.main(['evaluate', f'--workdir={tmp_path / "run"}']) == 0
+  scores = str(tmp_path / 'run' / 'scores.json')
+  train_to(2)
+  assert evaluate.repeat(scores) == 0
+  moved = (tmp_path / 'run').rename(tmp_path / 'moved')
+  assert cli.main(['evaluate', f'--repeat={moved / "scores.json"}', f'--workdir={moved}']) == 0
+  assert evaluate.repeat(moved / 'scores.json', f'{moved}@2') == 1
+  assert 'DIFFERS' in capfd.readouterr().err
