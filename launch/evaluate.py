@@ -33,6 +33,7 @@ from smalti.launch.judge import (
     judge_of_file,
     open_judge,
     references,
+    spread,
 )
 from smalti.launch.progress import say, track
 from smalti.launch.reconstruct import encoded
@@ -54,7 +55,7 @@ class Split:
   def read(cls, data: Any, split: str) -> 'Split':
     source = data.open(split)
     size = sum(value[0].nbytes for value in source.read(np.arange(1)).values())
-    rows = source.read(np.arange(max(2, min(len(source), LARGEST, BYTES // size))))
+    rows = source.read(spread(len(source), max(2, min(LARGEST, BYTES // size))))
     if 'image' not in rows:
       raise ValueError(f'{type(data).__name__} holds no images to compare with; '
                        'evaluate with --data=CONFIG, whose data has.')

@@ -26,7 +26,7 @@ from smalti.evaluation import (
 from smalti.evaluation.files import whole
 from smalti.evaluation.frechet import frechet_distance
 from smalti.launch import run as runs
-from smalti.launch.judge import BATCH, Judge, accumulate
+from smalti.launch.judge import BATCH, Judge, accumulate, spread
 from smalti.launch.reconstruct import decoded, encoded
 from smalti.launch.scores import Scores
 
@@ -192,12 +192,13 @@ def _add_codes(scores: Scores, loaded: runs.Loaded, train: np.ndarray, held_out:
 
 
 def _batches(source: Any, n: int) -> Iterator[np.ndarray]:
+  chosen = spread(len(source), n)
   for first in range(0, n, BATCH):
-    yield source.read(np.arange(first, min(first + BATCH, n)))['image']
+    yield source.read(chosen[first:first + BATCH])['image']
 
 
 def _take(source: Any, n: int) -> np.ndarray:
-  """The first n images, or as many as fit."""
+  """Of the images n, or as many as fit."""
   size = source.read(np.arange(1))['image'].size
   n = max(1, min(n, len(source), PIXELS // size))
   return np.concatenate(list(itertools.chain(_batches(source, n))))

@@ -225,12 +225,12 @@ def _fitted(data: Any, shape: tuple[int, int, int], folder: pathlib.Path) -> Any
   size = int(np.prod(shape))
   most = max(2, min(FIT, BYTES // size))
   if len(train.classes) < 2 or size > 4096:
-    images = train.read(np.arange(min(len(train), most)))['image']
+    images = train.read(spread(len(train), most))['image']
     return features.Principal.fit(images, min(64, len(images) - 1, size))
   key = seal({'data': serialization.to_json(data), 'of': len(train)})[:16]
   path = folder / f'fitted-{key}.npz'
   if not path.exists():
-    rows, tests = (source.read(np.arange(min(len(source), most))) for source in (train, held_out))
+    rows, tests = (source.read(spread(len(source), most)) for source in (train, held_out))
     features.Classifier.fit('mlp64', (rows['image'], rows['label']),
                             (tests['image'], tests['label'])).save(path)
   return features.Classifier.load(path)
@@ -238,9 +238,10 @@ def _fitted(data: Any, shape: tuple[int, int, int], folder: pathlib.Path) -> Any
 
 def _summaries(networks: list[Any], source: Any, data: Any, split: str, n: int,
                folder: pathlib.Path) -> list[Summary]:
-  """Both networks' summaries of the first n real images, from `folder` where they are there."""
+  """Both networks' summaries of n real images, from `folder` where they are there."""
   key = seal({'data': serialization.to_json(data), 'split': split, 'n': n, 'of': len(source),
-              'networks': [features.identity(x) for x in networks]})[:16]
+              'networks': [features.identity(x) for x in networks],
+              **({'rows': 'spread'} if n < len(source) else {})})[:16]
   paths = [folder / f'{split}-{key}-{i}.npz' for i in range(len(networks))]
   if all(path.exists() for path in paths):
     return [Summary.load(path) for path in paths]
@@ -263,20 +264,27 @@ def _accuracy(network: Any, source: Any, n: int) -> float | None:
   """Of the logits on real images, where they are over the labels of the data."""
   if len(source.classes) < 2 or tuple(getattr(network, 'classes', ())) != tuple(source.classes):
     return None
-  right = 0
+  right, chosen = 0, spread(len(source), n)
   for first in range(0, n, BATCH):
-    rows = source.read(np.arange(first, min(first + BATCH, n)))
+    rows = source.read(chosen[first:first + BATCH])
     logits = network(_filled(rows['image']))['logits'][:len(rows['label'])]
     right += int((logits.argmax(-1) == rows['label']).sum())
   return right / n
 
 
+def spread(length: int, n: int) -> np.ndarray:
+  """At most n of the rows 0..length-1, evenly spaced: a folder's first rows are its first class."""
+  n = min(n, length)
+  return np.arange(n) * length // n
+
+
 def _real(source: Any, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  chosen = spread(len(source), n)
   for first in range(0, n, BATCH):
     index = np.full(BATCH, -1)
     count = min(BATCH, n - first)
     index[:count] = np.arange(first, first + count)
-    yield index, source.read(index[:count])['image']
+    yield index, source.read(chosen[first:first + BATCH])['image']
 
 
 def _filled(images: np.ndarray) -> np.ndarray:

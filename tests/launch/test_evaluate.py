@@ -135,3 +135,26 @@ def test_a_run_that_is_trained_further_is_asked_for_what_was_scored(tmp_path, mo
   assert cli.main(['evaluate', f'--repeat={moved / "scores.json"}', f'--workdir={moved}']) == 0
   assert evaluate.repeat(moved / 'scores.json', f'{moved}@2') == 1
   assert 'DIFFERS' in capfd.readouterr().err
+
+
+def test_a_floor_of_fewer_images_has_all_classes(tmp_path, monkeypatch):
+  images = np.arange(200, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2)
+
+  class Source:  # as a folder with a folder per class: in order
+    classes = tuple(map(str, range(10)))
+
+    def __len__(self):
+      return len(images)
+
+    def read(self, indices):
+      return {'image': images[indices], 'label': (indices // 20).astype(np.int32)}
+
+  monkeypatch.setattr(DigitsConfig, 'open', lambda self, split: Source())
+  judge = judges.open_judge(DigitsConfig(), tmp_path, n=20)
+  assert judge.held_out[0].n == 20
+  np.testing.assert_array_equal(judges.spread(200, 20), np.arange(0, 200, 10))
+  np.testing.assert_array_equal(judges.spread(7, 9), np.arange(7))
+  expected = judge.extractor(images[::10])['features']
+  np.testing.assert_allclose(judge.held_out[0].moments.mean, expected.mean(0), rtol=1e-5)
+  split = evaluate.Split.read(DigitsConfig(), 'train')
+  np.testing.assert_array_equal(split.images, images)
