@@ -222,7 +222,7 @@ def evaluate_file(path: pathlib.Path, config: str | None, *, reference: pathlib.
     judge = judge_of_file(reference, extractor, gallery.shape, inception_weights)
   else:
     data = cli.load_config(config).data
-    judge = open_judge(data, references(path.parent), n=gallery.n, extractor=extractor,
+    judge = open_judge(data, references(path.resolve().parent), n=gallery.n, extractor=extractor,
                        reference=reference, weights=inception_weights)
     if gallery.shape != judge.shape:
       raise ValueError(f'The samples are {gallery.shape}, and the data {judge.shape}; '
@@ -235,7 +235,8 @@ def evaluate_file(path: pathlib.Path, config: str | None, *, reference: pathlib.
     images = np.concatenate(list(itertools.islice(gallery.batches(BATCH), -(-KEPT // BATCH))))
     evaluate_samples(scores, images, _first(gallery.labels, images), train, held_out)
   if write:
-    out = path.with_name(f'{path.name.removesuffix(".npz")}.scores.json')
+    place = path.resolve()  # '.' has no name of its own
+    out = place.with_name(f'{place.name.removesuffix(".npz")}.scores.json')
     write_scores(out, scores.rows, request)
     say(f'{len(scores.rows)} scores: {out}')
   return scores.rows
