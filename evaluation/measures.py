@@ -72,7 +72,7 @@ def compare(generated: Summary, reference: Summary, *, k: int = 3, density_k: in
     beside = {'deviation': deviation, 'splits': len(generated.shuffled.count),
               'consecutive_5000': inception_score(generated.consecutive)[0]}
     if reference.shuffled is not None:
-      beside['reference'] = inception_score(reference.shuffled)[0]
+      beside['of_reference'] = inception_score(reference.shuffled)[0]
     add('is', mean, True, **beside)
   a, b = generated.features, reference.features
   if min(len(a), len(b)) > max(k, density_k):

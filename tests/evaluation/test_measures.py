@@ -51,7 +51,7 @@ def test_values():
   assert found['is'].beside == {
       'deviation': inception_score(a.shuffled)[1], 'splits': 10,
       'consecutive_5000': inception_score(a.consecutive)[0],
-      'reference': inception_score(b.shuffled)[0]}
+      'of_reference': inception_score(b.shuffled)[0]}
   assert found['kd'].beside == {'deviation': kernel.deviation, 'subsets': 100, 'subset_size': 60,
                                 'rows': 60, 'reference_rows': 60}
   assert (found['precision'].beside['k'], found['density'].beside['k']) == (3, 5)

@@ -61,6 +61,37 @@ def test_noise_scores_worse_than_the_floor(digits, tmp_path):
   assert found['recall'].value < 0.01 and found['nearest'].value > 2
 
 
+class Logits:
+  """An extractor that knows the classes: a perceptron's features, and ten logits of the truth."""
+  name, resize, classes = 'judge', 'none', tuple('0123456789')
+
+  def __init__(self, inner):
+    self.inner, self.sha256, self.dim = inner, inner.sha256, inner.dim
+
+  def random(self, seed):
+    return Logits(self.inner.random(seed))
+
+  def __call__(self, images):
+    rows = DigitsConfig().open('train').read(np.arange(1437))
+    known = {image.tobytes(): label for image, label in zip(rows['image'], rows['label'])}
+    truth = np.array([known.get(np.asarray(image).tobytes(), 0) for image in images])
+    return {**self.inner(images), 'logits': np.eye(10, dtype=np.float32)[truth] * 5}
+
+
+def test_an_extractor_with_classes_judges_labels_and_gives_an_inception_score(
+    digits, tmp_path, monkeypatch):
+  images, labels = digits
+  wrong = np.where(np.arange(200) < 50, 9 - labels, labels)
+  np.savez(tmp_path / 'a.npz', arr_0=images, arr_1=wrong)
+  inner = judges._fitted(DigitsConfig(), (8, 8, 1), tmp_path / 'fit')
+  monkeypatch.setattr(judges, '_fitted', lambda *_: Logits(inner))
+  evaluate.evaluate_file(tmp_path / 'a.npz', 'digits_vq')
+  found = values(tmp_path / 'a.scores.json')
+  assert found['agreement'].value == 0.75 and 0 < found['agreement'].beside['judge_accuracy'] < 0.3
+  assert 5 < found['is'].value < 10 and found['is'].beside['of_reference'] > 5
+  assert found['is'].name == f'is_judge_{inner.sha256[:8]}'
+
+
 def test_it_is_asked_again_and_gives_the_same(digits, tmp_path, capfd):
   np.savez(tmp_path / 'a.npz', arr_0=digits[0])
   evaluate.evaluate_file(tmp_path / 'a.npz', 'digits_vq')
