@@ -111,9 +111,9 @@ def evaluate_generator(loaded: runs.Loaded, tokenizer: runs.Loaded, scores: Scor
              reference=train.fingerprint, reference_samples=len(train.images))
 
 
-def evaluate_samples(scores: Scores, images: np.ndarray, labels: np.ndarray | None, train: Split,
-                     held_out: Split) -> None:
-  """Distance to the training images, and class agreement by a judge fitted here."""
+def evaluate_samples(scores: Scores, judge: Judge, images: np.ndarray, labels: np.ndarray | None,
+                     train: Split, held_out: Split) -> None:
+  """Distance to the training images; class agreement, where the extractor does not know classes."""
   judged = train.labels is not None and len(np.unique(train.labels)) > 1
   near = memorization.nearest(
       *(features.shrink(x) for x in (images, train.images, held_out.images)))
@@ -121,12 +121,12 @@ def evaluate_samples(scores: Scores, images: np.ndarray, labels: np.ndarray | No
     scores.add('nearest_train_ratio', near.ratio, samples=len(images), distance=near.samples,
                held_out_distance=near.held_out, zero=near.zero, reference=train.fingerprint,
                reference_samples=len(train.images))
-  if judged and images[0].size <= SMALL and labels is not None:
-    judge = agreement.class_agreement(
+  if judged and judge.accuracy is None and images[0].size <= SMALL and labels is not None:
+    found = agreement.class_agreement(
         (images, labels), (train.images, train.labels), (held_out.images, held_out.labels))
-    scores.add('class_agreement', judge.agreement, unit='share', higher=True,
-               samples=judge.samples, judge=judge.judge, judge_accuracy=judge.judge_accuracy,
-               reference=train.fingerprint, reference_samples=judge.train)
+    scores.add('class_agreement', found.agreement, unit='share', higher=True,
+               samples=found.samples, judge=found.judge, judge_accuracy=found.judge_accuracy,
+               reference=train.fingerprint, reference_samples=found.train)
 
 
 def sample(loaded: runs.Loaded, codec: runs.Loaded, judge: Judge, *, n: int, seed: int,
@@ -191,7 +191,7 @@ def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = N
     scores = Scores(loaded, settings=chosen, seeds=(seed,))
     evaluate_generator(loaded, codec, scores, train, held_out, samples, seed=seed)
     scores.add_judged(judge, accumulation.finish(), accumulation)
-    evaluate_samples(scores, samples.images, _first(samples.labels, samples.images), train,
+    evaluate_samples(scores, judge, samples.images, _first(samples.labels, samples.images), train,
                      held_out)
     request |= {'n': n, 'seed': seed, 'settings': settings or {}, 'batch_size': batch_size,
                 'tokenizer': tokenizer}
@@ -233,7 +233,7 @@ def evaluate_file(path: pathlib.Path, config: str | None, *, reference: pathlib.
   if config is not None:
     train, held_out = (Split.read(data, split) for split in ('train', 'eval'))
     images = np.concatenate(list(itertools.islice(gallery.batches(BATCH), -(-KEPT // BATCH))))
-    evaluate_samples(scores, images, _first(gallery.labels, images), train, held_out)
+    evaluate_samples(scores, judge, images, _first(gallery.labels, images), train, held_out)
   if write:
     place = path.resolve()  # '.' has no name of its own
     out = place.with_name(f'{place.name.removesuffix(".npz")}.scores.json')
