@@ -152,6 +152,7 @@ def test_the_chain_on_weights_with_known_results(abstract):
   got = jax.jit(lambda s, x: nnx.merge(graph, s)(x))(state, x)
   features, spatial = reference(image)
   assert np.ptp(features) > 1e-3  # maxima and means differ
-  np.testing.assert_allclose(got.features[0], features, rtol=1e-5)
-  np.testing.assert_allclose(got.spatial[0], spatial, rtol=1e-5)
+  # dozens of float32 layers one after the other
+  np.testing.assert_allclose(got.features[0], features, rtol=1e-4)
+  np.testing.assert_allclose(got.spatial[0], spatial, rtol=1e-4)
   np.testing.assert_allclose(got.logits[0], features @ head, atol=1e-3)  # without the bias of 99
