@@ -48,6 +48,7 @@ def generator(tokenizer, tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_the_held_out_split_chooses_nothing(tokenizer):
   found, mislabelled = (probe.probe(str(tokenizer), data=data, **FEW)
                         for data in (DigitsConfig(), Mislabelled()))
