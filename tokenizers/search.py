@@ -93,3 +93,9 @@ def _first(found: Bool[Array, 'r n']) -> Int[Array, 'r']:
   """The lowest index where `found`, the last where none is; faster on CPUs than argmax."""
   last = found.shape[-1] - 1
   return jnp.min(jnp.where(found, jnp.arange(last + 1, dtype=jnp.int32), last), -1)
+
+
+def distance_scores(z: Float[Array, '*b c'], codes: Float[Array, 'v c']) -> Float[Array, '*b v']:
+  """-|z - e|^2 up to a constant per vector, all N x K of them; differentiable."""
+  products = jnp.matmul(z, codes.T, precision=HIGHEST)
+  return 2 * products - jnp.sum(jnp.square(codes), -1)

@@ -63,3 +63,15 @@ def diversity(count: Float[Array, 'v']) -> dict[str, Array]:
   p = count / jnp.sum(count)
   entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0)))
   return {'perplexity': jnp.exp(entropy), 'usage': jnp.mean(count > 0)}
+
+
+def fit(z: Float[Array, '*b c'], q: Float[Array, '*b c'], codes: Float[Array, 'v c']
+        ) -> dict[str, Array]:
+  """How well vectors and a codebook of one space fit each other.
+
+  `relative_commitment` is mean |z - q|^2 / mean |z|^2, and `ratio` rms(z) / rms(codes): far from 1,
+  vectors and codes have drifted apart.
+  """
+  power = jnp.mean(jnp.square(z))
+  return {'relative_commitment': jnp.mean(jnp.square(z - q)) / (power + 1e-12),
+          'ratio': jnp.sqrt(power / (jnp.mean(jnp.square(codes)) + 1e-12))}

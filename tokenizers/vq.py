@@ -23,8 +23,14 @@ from smalti.tokenizers.quantizer import (
   sg,
   straight_through,
 )
-from smalti.tokenizers.search import nearest
-from smalti.tokenizers.statistics import diversity, segment_count, segment_sums, spare_rows
+from smalti.tokenizers.search import distance_scores, nearest
+from smalti.tokenizers.statistics import (
+  diversity,
+  fit,
+  segment_count,
+  segment_sums,
+  spare_rows,
+)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -109,7 +115,7 @@ class VQ(Quantizer):
     count = statistics.count if train else segment_count(flat, *self.vocab)
     metrics = {
         **diversity(count),
-        'relative_commitment': sg(losses['commitment']) / (jnp.mean(jnp.square(rows)) + 1e-12),
+        **fit(rows, sg(q).reshape(rows.shape), sg(codes)),
         'dead': jnp.sum(self._dead(self.count[...])).astype(jnp.float32),
     }
     return Quantized(straight_through(z, q), tokens[..., None], losses, metrics, statistics)
@@ -124,9 +130,8 @@ class VQ(Quantizer):
 
   def soft_assign(self, z: Float[Array, 'b n c'], tau: float = 1.0) -> Float[Array, 'b n v']:
     """log softmax(-|z - e|^2 / tau); it holds N x K numbers."""
-    z, codes = self._metric(z.astype(jnp.float32)), self.codes()
-    score = 2 * jnp.matmul(z, codes.T, precision='highest') - jnp.sum(jnp.square(codes), -1)
-    return jax.nn.log_softmax(score / tau, -1)
+    z = self._metric(z.astype(jnp.float32))
+    return jax.nn.log_softmax(distance_scores(z, self.codes()) / tau, -1)
 
   def absorb(self, statistics: Statistics) -> None:
     """Moves the codebook by the global statistics of a step; without any vectors, does nothing.

@@ -17,6 +17,7 @@ from smalti.tokenizers.latent import LatentConfig
 from smalti.tokenizers.projected import ProjectedConfig
 from smalti.tokenizers.quantizer import Statistics, absorb, combine
 from smalti.tokenizers.scalar import FSQConfig
+from smalti.tokenizers.simvq import SimVQConfig
 from smalti.tokenizers.spec import TokenSpec
 from smalti.tokenizers.styled import StyledTokenizerConfig
 from smalti.tokenizers.vq import VQConfig, normalize
@@ -40,6 +41,7 @@ QUANTIZERS = {
     'vq_cosine_gradient': Row(
         VQConfig(codes=32, dim=6, cosine=True, update='gradient'), lambda q, z: normalize(z)),
     'fsq': Row(FSQConfig(levels=(8, 5, 3)), lambda q, z: q.bound(z)),
+    'simvq': Row(SimVQConfig(codes=32, dim=6)),
     'latent': Row(LatentConfig(latents=16, codes=10)),
     'projected_vq': Row(
         ProjectedConfig(quantizer=VQConfig(codes=32, dim=3), dim=6),
@@ -155,7 +157,7 @@ def test_no_forward_pass_writes_state(name):
   assert same(q, nnx.merge(graph, state))
 
 
-def test_every_codebook_moves_in_training(name):
+def test_every_codebook_and_parameter_moves_in_training(name):
   q, z = quantizer(name)
   books = codebooks(q)
   before = [leaves(b) for b in books]
@@ -167,11 +169,13 @@ def test_every_codebook_moves_in_training(name):
 
   gradients, statistics = nnx.grad(loss, has_aux=True)(q)
   params = nnx.state(q, nnx.Param)
+  for path, g in jax.tree_util.tree_leaves_with_path(gradients):
+    assert np.any(np.asarray(g) != 0), jax.tree_util.keystr(path)
   nnx.update(q, jax.tree.map(lambda p, g: p - g, params, gradients))
   absorb(q, statistics)
   for old, book in zip(before, books):
     assert all(not np.array_equal(a, b) for a, b in zip(old, leaves(book), strict=True))
-  assert bool(books) == ('vq' in name)
+  assert bool(books) == bool(jax.tree.leaves(statistics))  # the others learn by gradient alone
 
 
 def test_statistics_are_those_of_the_global_batch(name):
