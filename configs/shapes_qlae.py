@@ -18,7 +18,7 @@ from smalti.launch.experiment import (
     OptimizerConfig,
     Published,
 )
-from smalti.tokenizers.autoencoder import LossWeights
+from smalti.tokenizers.image import LossWeights
 from smalti.tokenizers.latent import LatentConfig
 from smalti.tokenizers.styled import StyledConfig, StyledTokenizerConfig
 from smalti.tokenizers.vq import VQConfig

@@ -96,11 +96,20 @@ class ConvDecoder(nnx.Module):
 
   def __call__(self, x: Float[Array, 'b x y f'], *, key: Array | None = None,
                train: bool = False) -> Float[Array, 'b h w c']:
+    return self.paint(self.trunk(x, key=key, train=train))
+
+  def trunk(self, x: Float[Array, 'b x y f'], *, key: Array | None = None, train: bool = False
+            ) -> Float[Array, 'b _h _w c']:
+    """All layers but the last convolution."""
     x = self.input(x.astype(self.dtype))
     x = self.middle(x, key=fold(key, len(self.levels)), train=train)
     for i, level in enumerate(self.levels):
       x = level(x, key=fold(key, i), train=train)
-    return depth_to_space(self.output(self.norm(x).astype(jnp.float32)), self.patch)
+    return self.norm(x).astype(jnp.float32)
+
+  def paint(self, x: Float[Array, 'b _h _w _f']) -> Float[Array, 'b h w c']:
+    """The last convolution."""
+    return depth_to_space(self.output(x), self.patch)
 
 
 class Level(nnx.Module):

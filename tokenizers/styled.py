@@ -13,16 +13,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from smalti.networks.model import ModelConfig
 from smalti.networks.pixels import to_float
 from smalti.networks.styled import StyleDecoder, StyleEncoder
-from smalti.tokenizers.autoencoder import LossWeights, psnr
+from smalti.tokenizers.image import ImageTokenizer, LossWeights, psnr
 from smalti.tokenizers.latent import LatentConfig
 from smalti.tokenizers.quantizer import QuantizerConfig
 from smalti.tokenizers.spec import TokenSpec
-from smalti.tokenizers.tokenizer import Tokenizer, TokenizerConfig
+from smalti.tokenizers.tokenizer import TokenizerConfig
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -85,7 +85,7 @@ class Styled(nnx.Module):
         rngs=rngs)
     self.encoder, self.decoder = StyleEncoder(**options), StyleDecoder(**options)
 
-  def latents(self, x: Array) -> Float[Array, 'b n c']:
+  def latents(self, x: Array, **_: Any) -> Float[Array, 'b n c']:
     """One vector per latent, for uint8 or float images.
 
     Raises:
@@ -126,7 +126,7 @@ class Styled(nnx.Module):
         'mse': jnp.mean(jnp.square(x - y)), 'psnr': jnp.mean(psnr(x, y))}
 
 
-class StyledTokenizer(Styled, Tokenizer):
+class StyledTokenizer(Styled, ImageTokenizer):
   """Styled with a quantizer; tokens are the latents, in no order."""
 
   def __init__(self, config: StyledTokenizerConfig, *, rngs: nnx.Rngs):
@@ -136,48 +136,24 @@ class StyledTokenizer(Styled, Tokenizer):
                        'they are the same latents.')
     super().__init__(config, dim=q.dim, rngs=rngs)
     self.quantizer = q
-    self.weights = tuple(sorted(dataclasses.asdict(config.weights).items()))
+    self.weights = tuple(dataclasses.asdict(config.weights).items())
     self.spec = TokenSpec(grid=(config.latents,), vocab=q.vocab, factors=q.factors, order='set')
 
-  def encode(self, x: Array, *, keys: Array | None = None) -> Int[Array, 'b n d']:
-    del keys  # nothing is drawn
-    return self.quantizer(self.latents(x)).tokens
-
-  def lookup(self, tokens: Int[Array, 'b n d']) -> Float[Array, 'b n c']:
-    return self.quantizer.lookup(tokens)
-
-  def decode(self, tokens: Int[Array, 'b n d'], *, keep: Int[Array, 'b'] | None = None,
-             keys: Array | None = None, settings: Any = None) -> Float[Array, 'b h w c']:
-    """Images in [-1, 1].
-
-    Raises:
-      ValueError: `keep`, because a set has no prefixes.
-    """
-    del keys, settings  # deterministic
-    if keep is not None:
-      self.spec.mask(keep)  # says why not
-    return self.decode_latents(self.lookup(tokens))
-
-  def soft_assign(self, x: Array, tau: float = 1.0) -> Float[Array, 'b n v']:
-    """Log-probabilities of the codes of every latent."""
-    return self.quantizer.soft_assign(self.latents(x), tau)
+  def decode_latents(self, vectors: Float[Array, 'b n f'], **_: Any) -> Float[Array, 'b h w c']:
+    """Images in [-1, 1] from vectors, which need not be codes."""
+    return Styled.decode_latents(self, vectors)
 
   def loss(self, batch: dict[str, Array], *, step: Array, key: Array, train: bool = True
            ) -> tuple[Array, dict[str, Any]]:
     """Weighted cross-entropy and quantizer terms of `batch['image']`, a mean over examples."""
-    del step  # nothing is scheduled
     x = to_float(batch['image'])
     q = self.quantizer(self.latents(x), key=key, train=train)
     terms, metrics = self.terms(x, q.vectors)
     terms = {**terms, **q.losses}
-    loss = sum(dict(self.weights)[name] * term for name, term in terms.items())
+    loss = LossWeights(**dict(self.weights)).total(terms, step, train=train)
     statistics = None if q.statistics is None else {'quantizer': q.statistics}
     return loss, {'metrics': jax.lax.stop_gradient({**terms, **metrics, **q.metrics}),
                   'weight': jnp.float32(x.shape[0]), 'statistics': statistics}
-
-  def prepare(self, batch: dict[str, Array], *, key: Array) -> None:
-    """Data-dependent initialisation of the codebook, from the encoder's first output."""
-    self.quantizer.prepare(self.latents(batch['image']), key=key)
 
 
 def to_image(logits: Float[Array, 'b h w c']) -> Float[Array, 'b h w c']:

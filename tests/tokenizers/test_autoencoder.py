@@ -10,7 +10,8 @@ import optax
 import pytest
 from flax import nnx
 
-from smalti.tokenizers.autoencoder import AutoencoderConfig, LossWeights, psnr
+from smalti.tokenizers.autoencoder import AutoencoderConfig
+from smalti.tokenizers.image import LossWeights, psnr
 from smalti.tokenizers.projected import ProjectedConfig
 from smalti.tokenizers.quantizer import absorb
 from smalti.tokenizers.scalar import FSQConfig

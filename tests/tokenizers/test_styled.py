@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from smalti.launch import state as states
-from smalti.tokenizers.autoencoder import LossWeights
+from smalti.tokenizers.image import LossWeights
 from smalti.tokenizers.latent import LatentConfig
 from smalti.tokenizers.styled import StyledConfig, StyledTokenizerConfig
 from smalti.tokenizers.tokenizer import Tokenizer
