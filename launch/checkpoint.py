@@ -356,7 +356,8 @@ def _not_reported_by_us(record: standard_logging.LogRecord) -> bool:
     return True
   files = [record.pathname, *(
       frame.f_code.co_filename for frame, _ in traceback.walk_tb(record.exc_info[2]))]
-  return not any('orbax' in file for file in files)
+  # an error of Tensorstore's threads has no frames, but names the temporary folder
+  return not any('orbax' in text for text in (*files, str(record.exc_info[1])))
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
