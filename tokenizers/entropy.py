@@ -13,6 +13,7 @@ table: p factorises over bits, so `sample` costs n instead of 2^n, exactly; `ave
 takes groups of bits.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -23,11 +24,35 @@ from jaxtyping import Array, Float
 
 from smalti.tokenizers.search import HIGHEST, chunk_rows, chunked
 
+Logits = Literal['distance', 'product']
+
 GROUP = 14  # bits of which the joint distribution is formed at most: 2^14 columns
 
 
+@dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)  # an attribute of modules
+class EntropyConfig:
+  """The entropy term of a codebook, `sample` H_sample - `average` H_avg at a temperature.
+
+  1, 1 and 0.01 in MaskGIT's tokenizer (weighted by 0.1) and IBQ (by 0.05).
+  """
+  sample: float = 1.0
+  average: float = 1.0
+  temperature: float = 0.01
+
+  def __post_init__(self):
+    if self.temperature <= 0:
+      raise ValueError(f'temperature={self.temperature} must be positive; 0.01 is usual.')
+
+  def loss(self, z: Float[Array, '*b c'], codes: Float[Array, 'v c'], logits: Logits
+           ) -> tuple[Float[Array, ''], dict[str, Array]]:
+    """The unweighted term, and both entropies to log."""
+    sample, average = entropy_terms(z, codes, logits=logits, temperature=self.temperature)
+    return self.sample * sample - self.average * average, {
+        'sample_entropy': sample, 'average_entropy': average}
+
+
 def entropy_terms(z: Float[Array, '*b c'], codes: Float[Array, 'v c'], *,
-                  logits: Literal['distance', 'product'] = 'distance', temperature: float = 0.01,
+                  logits: Logits = 'distance', temperature: float = 0.01,
                   rows: int | None = None) -> tuple[Float[Array, ''], Float[Array, '']]:
   """(sample, average) of softmax(logits / temperature) over a codebook, exactly.
 

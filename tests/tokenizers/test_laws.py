@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from smalti.tokenizers import tokenizer as jitted
 from smalti.tokenizers.autoencoder import AutoencoderConfig
+from smalti.tokenizers.ibq import IBQConfig
 from smalti.tokenizers.latent import LatentConfig
 from smalti.tokenizers.projected import ProjectedConfig
 from smalti.tokenizers.quantizer import Statistics, absorb, combine
@@ -42,6 +44,8 @@ QUANTIZERS = {
         VQConfig(codes=32, dim=6, cosine=True, update='gradient'), lambda q, z: normalize(z)),
     'fsq': Row(FSQConfig(levels=(8, 5, 3)), lambda q, z: q.bound(z)),
     'simvq': Row(SimVQConfig(codes=32, dim=6)),
+    'ibq': Row(IBQConfig(codes=32, dim=6),
+               lambda q, z: jax.nn.softmax(z @ q.codes().T) @ q.codes()),
     'latent': Row(LatentConfig(latents=16, codes=10)),
     'projected_vq': Row(
         ProjectedConfig(quantizer=VQConfig(codes=32, dim=3), dim=6),
@@ -235,6 +239,26 @@ def test_bfloat16_vectors_are_quantized_in_float32(name):
   low, high = q(z), q(z.astype(jnp.float32))
   np.testing.assert_array_equal(low.tokens, high.tokens)
   assert low.vectors.dtype == jnp.float32
+
+
+def test_vectors_that_do_not_count_leave_no_trace(name):
+  q, z = quantizer(name)
+  if 'valid' not in inspect.signature(type(q).__call__).parameters:
+    pytest.skip('every vector counts')
+  key, valid = jax.random.key(0), jnp.arange(8)[:, None] < jnp.full(z.shape[1], 5)
+  some = q(z.at[5:].multiply(100), key=key, train=True, valid=valid)
+  alone, none = q(z[:5], key=key, train=True), q(z, key=key, train=True, valid=valid & False)
+  np.testing.assert_array_equal(some.tokens[:5], alone.tokens)
+  spare = jax.random.normal(jax.random.key(7), (32, 8))
+  for a, b in ((some.losses, alone.losses), (some.metrics, alone.metrics),
+               (pin(some.statistics, spare), pin(alone.statistics, spare))):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+  assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(
+      (some.statistics, none.losses, none.metrics, none.statistics)))
+  assert all(np.all(x == 0) for x in jax.tree.leaves(none.losses))
+  absorb(q, none.statistics)
+  assert same(q, quantizer(name)[0])
 
 
 def test_usage_and_perplexity_are_in_range(name):

@@ -41,6 +41,15 @@ def test_equal_codes_far_apart_are_one(key, size):
   np.testing.assert_array_equal(nearest(z, codes), brute(z, codes[:size]))
 
 
+def test_the_largest_product(key):
+  a, b = jax.random.split(key)
+  z, codes = jax.random.normal(a, (40, 5)), jax.random.normal(b, (65, 5))
+  want = np.argmax(np.asarray(z, np.float64) @ np.asarray(codes, np.float64).T, -1)
+  for rows in (None, 7):
+    got = nearest(z, jnp.tile(codes, (2, 1)), rows=rows, by='product')  # equals: the lowest
+    np.testing.assert_array_equal(got, want)
+
+
 def test_rows_that_are_not_numbers_stay_in_range():
   z = jnp.array([[jnp.nan, 0.0], [jnp.inf, 0], [-jnp.inf, jnp.inf]])
   tokens = nearest(z, jnp.eye(2))
