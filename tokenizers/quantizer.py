@@ -80,7 +80,12 @@ class Quantizer(nnx.Module):
 
   def __call__(self, z: Float[Array, 'b n c'], *, key: Array | None = None,
                train: bool = False) -> Quantized:
-    """Quantizes `z`; `key` feeds random draws and may be None in evaluation."""
+    """Quantizes `z`; `key` feeds random draws and may be None in evaluation.
+
+    Quantizers that can be a level of Residual with dropout also take `valid: bool[B, N] | None`:
+    vectors where it is False are quantized as all others are, but give no losses, no statistics and
+    no metrics (`statistics.mean`, `spare_rows` and `segment_sums` leave them out).
+    """
     raise TypeError(f'{type(self).__name__} does not quantize.')
 
   def lookup(self, tokens: Int[Array, 'b n d']) -> Float[Array, 'b n c']:

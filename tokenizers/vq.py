@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from smalti.tokenizers.quantizer import (
   Buffer,
@@ -27,6 +27,7 @@ from smalti.tokenizers.search import distance_scores, nearest
 from smalti.tokenizers.statistics import (
   diversity,
   fit,
+  mean,
   segment_count,
   segment_sums,
   spare_rows,
@@ -101,21 +102,24 @@ class VQ(Quantizer):
     if config.update == 'ema':
       self.total = Buffer(codes + 0)  # a buffer of its own: donated arrays must not be shared
 
-  def __call__(self, z: Float[Array, 'b n c'], *, key: Array | None = None,
-               train: bool = False) -> Quantized:
+  def __call__(self, z: Float[Array, 'b n c'], *, key: Array | None = None, train: bool = False,
+               valid: Bool[Array, 'b n'] | None = None) -> Quantized:
     z = self._metric(z.astype(jnp.float32))
     codes = self.codes()
     tokens = nearest(z, codes)
     q = jnp.take(codes, tokens, axis=0)
-    losses = {'commitment': jnp.mean(jnp.square(sg(q) - z))}
-    if self.update == 'gradient':
-      losses['codebook'] = jnp.mean(jnp.square(q - sg(z)))  # before straight-through cuts it off
-    rows, flat = sg(z).reshape(-1, self.dim), tokens.reshape(-1)
-    statistics = self._statistics(rows, flat, key) if train else None
+    losses = {'commitment': mean(jnp.square(sg(q) - z), valid)}
+    if self.update == 'gradient':  # before straight-through cuts it off
+      losses['codebook'] = mean(jnp.square(q - sg(z)), valid)
+    rows, flat, some = sg(z).reshape(-1, self.dim), tokens.reshape(-1), None
+    if valid is not None:
+      some = valid.reshape(-1)
+      flat = jnp.where(some, flat, self.vocab[0])  # past the last code: not counted
+    statistics = self._statistics(rows, flat, key, some) if train else None
     count = statistics.count if train else segment_count(flat, *self.vocab)
     metrics = {
         **diversity(count),
-        **fit(rows, sg(q).reshape(rows.shape), sg(codes)),
+        **fit(rows, sg(q).reshape(rows.shape), sg(codes), some),
         'dead': jnp.sum(self._dead(self.count[...])).astype(jnp.float32),
     }
     return Quantized(straight_through(z, q), tokens[..., None], losses, metrics, statistics)
@@ -174,8 +178,8 @@ class VQ(Quantizer):
   def _dead(self, count: Float[Array, 'v']) -> Array:
     return count < self.revival * jnp.mean(count)
 
-  def _statistics(self, z: Float[Array, 'n c'], tokens: Int[Array, 'n'], key: Array | None
-                  ) -> Statistics:
+  def _statistics(self, z: Float[Array, 'n c'], tokens: Int[Array, 'n'], key: Array | None,
+                  valid: Bool[Array, 'n'] | None) -> Statistics:
     codes, zero = self.vocab[0], jnp.zeros((*self.vocab, self.dim), jnp.float32)
     if self.update == 'ema':
       count, total = segment_sums(z, tokens, codes)
@@ -183,7 +187,7 @@ class VQ(Quantizer):
       count, total = segment_count(tokens, codes), zero
     if self.revival and key is None:
       raise ValueError('key=None: revival draws spare rows in training; pass a key, or revival=0.')
-    return Statistics(count, total, spare_rows(z, codes, key) if self.revival else zero)
+    return Statistics(count, total, spare_rows(z, codes, key, valid) if self.revival else zero)
 
 
 def normalize(x: Float[Array, '*b c']) -> Float[Array, '*b c']:

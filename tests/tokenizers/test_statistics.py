@@ -39,6 +39,16 @@ def test_spare_rows_of_a_small_batch_repeat_with_noise(key):
   assert np.all(np.bincount(np.rint(rows / 100).astype(int)) == 16)
 
 
+def test_spare_rows_are_of_the_rows_that_count(key):
+  z = jnp.arange(40.0)[:, None]
+  valid = z[:, 0] % 4 == 1
+  for codes in (3, 10):
+    rows = np.asarray(spare_rows(z, codes, key, valid))[:, 0]
+    assert len(set(rows)) == codes and np.all(rows % 4 == 1)
+  rows = np.asarray(spare_rows(z, 30, key, valid))[:, 0]  # more than there are: again, with noise
+  assert len(set(rows)) == 30 and np.abs(rows - 1 - 4 * np.rint((rows - 1) / 4)).max() < 0.5
+
+
 def test_diversity_of_known_counts():
   uniform = diversity(jnp.array([3.0, 3, 0, 3]))
   np.testing.assert_allclose(uniform['perplexity'], 3, rtol=1e-6)
