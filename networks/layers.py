@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
@@ -86,16 +87,37 @@ class RMSNorm(nnx.Module):
     return (y if self.scale is None else y * self.scale[...]).astype(x.dtype)
 
 
-class TimeEmbedding(nnx.Module):
-  """A time in [0, 1] to a vector: sinusoids of 1000 t, then two linear maps (as in MD4)."""
+class LayerNorm(nnx.Module):
+  """(x - mean) / sqrt(variance + 1e-5) over the last axis, in float32; no gain and no shift."""
 
-  def __init__(self, width: int, *, features: int = 256, rngs: nnx.Rngs):
-    self.features = features
-    self.hidden = Linear(features, width, bias=True, rngs=rngs)
-    self.out = Linear(width, width, bias=True, rngs=rngs)
+  def __call__(self, x: Float[Array, '*b c']) -> Float[Array, '*b c']:
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, -1, keepdims=True)
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-5)).astype(x.dtype)
+
+
+class TimeEmbedding(nnx.Module):
+  """A time in [0, 1] to a vector: sinusoids of 1000 t, then two linear maps (as in MD4).
+
+  The lowest frequency is 1000 / `base`: 10,000 in MD4 and DiT, 256 in FlexTok, whose kernels are
+  `xavier` too.
+  """
+
+  def __init__(self, width: int, *, features: int = 256, base: float = 10000.0,
+               xavier: bool = False, rngs: nnx.Rngs):
+    self.features, self.base = features, base
+    std = [deviation(n, width) if xavier else 0.02 for n in (features, width)]
+    self.hidden = Linear(features, width, bias=True, std=std[0], rngs=rngs)
+    self.out = Linear(width, width, bias=True, std=std[1], rngs=rngs)
 
   def __call__(self, t: Float[Array, 'b']) -> Float[Array, 'b c']:
-    return self.out(jax.nn.silu(self.hidden(sinusoid(1000 * t, self.features))))
+    waves = sinusoid(1000 * t, self.features, self.base)
+    return self.out(jax.nn.silu(self.hidden(waves)))
+
+
+def deviation(inputs: int, outputs: int) -> float:
+  """sqrt(2 / (inputs + outputs)): Xavier's deviation (Glorot and Bengio 2010, equation 16)."""
+  return math.sqrt(2 / (inputs + outputs))
 
 
 def sinusoid(x: Float[Array, '*b'], features: int, base: float = 10000.0) -> Float[Array, '*b c']:
@@ -103,6 +125,17 @@ def sinusoid(x: Float[Array, '*b'], features: int, base: float = 10000.0) -> Flo
   frequency = jnp.exp(-math.log(base) * jnp.arange(features // 2) / (features // 2))
   angle = jnp.asarray(x, jnp.float32)[..., None] * frequency
   return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+
+
+def grid_sinusoid(grid: tuple[int, int], width: int) -> np.ndarray:
+  """float32[h w, c]: a fixed table of positions, row-major; half the channels are of the row.
+
+  [sinusoid(row), sinusoid(column)] with base 10,000, as in MAE (arXiv 2111.06377).
+  """
+  frequency = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+  angle = np.stack(np.unravel_index(np.arange(math.prod(grid)), grid), -1)[..., None] * frequency
+  table = np.concatenate([np.sin(angle), np.cos(angle)], -1)
+  return table.reshape(math.prod(grid), -1).astype(np.float32)
 
 
 def rotation(positions: Int[Array, '*b n a'], features: int, base: float = 10000.0

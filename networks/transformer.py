@@ -15,7 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from smalti.networks.layers import Linear, RMSNorm, constrain, dropout, rotate, rotation
+from smalti.networks.layers import (
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    constrain,
+    deviation,
+    dropout,
+    rotate,
+    rotation,
+)
 
 Rotations = tuple[Float[Array, '... p'], Float[Array, '... p']]
 Cache = list[tuple[Float[Array, 'b k t f'], Float[Array, 'b k t f']]]
@@ -29,7 +38,11 @@ class TransformerConfig:
     kv_heads: heads of keys and values, a divisor of `heads` (GQA); None is `heads`.
     hidden: SwiGLU width; None is 8/3 width, rounded up to a multiple of 32 (LlamaGen: of 256).
     axes: coordinates of a position that rotate queries and keys; 0 is no position at all.
+    norm: 'rms' with a gain, or 'layer' without gain or shift (FlexTok), for queries and keys too.
+    init: kernels N(0, 0.02), or N(0, 2 / (inputs + outputs)) of each matrix ('xavier', FlexTok).
     modulated: adaLN-zero from a vector [b, width] (arXiv 2212.09748); norms then have no gain.
+    streams: lengths of consecutive stretches of positions whose blocks have a modulation each
+      (FlexTok: patches and registers); () is one for all positions.
     remat: recompute blocks in the backward pass (2-3 % slower, a fifth of the memory).
   """
   layers: int
@@ -39,7 +52,10 @@ class TransformerConfig:
   hidden: int | None = None
   axes: int = 1
   qk_norm: bool = True
+  norm: Literal['rms', 'layer'] = 'rms'
+  init: Literal['normal', 'xavier'] = 'normal'
   modulated: bool = False
+  streams: tuple[int, ...] = ()
   dropout: float = 0.0
   remat: bool = True
   dtype: Literal['float32', 'bfloat16'] = 'float32'
@@ -51,11 +67,13 @@ class Attention(nnx.Module):
   def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
     width, heads, features = config.width, config.heads, config.width // config.heads
     kv_heads = config.kv_heads or heads
-    self.query = Linear(width, (heads, features), dtype=config.dtype, rngs=rngs)
-    self.key_value = Linear(width, (2, kv_heads, features), dtype=config.dtype, rngs=rngs)
-    self.out = Linear((heads, features), width, dtype=config.dtype, rngs=rngs)
-    self.query_norm = RMSNorm(features) if config.qk_norm else None
-    self.key_norm = RMSNorm(features) if config.qk_norm else None
+    whole, shared = std(config, width, width), std(config, width, kv_heads * features)
+    self.query = Linear(width, (heads, features), std=whole, dtype=config.dtype, rngs=rngs)
+    self.key_value = Linear(
+        width, (2, kv_heads, features), std=shared, dtype=config.dtype, rngs=rngs)
+    self.out = Linear((heads, features), width, std=whole, dtype=config.dtype, rngs=rngs)
+    self.query_norm = norm(config, features) if config.qk_norm else None
+    self.key_norm = norm(config, features) if config.qk_norm else None
 
   def __call__(self, x: Float[Array, 'b n c'], *, table: Any, causal: bool, mask: Array | None,
                cache: Any = None, index: Array | None = None) -> tuple[Array, Any]:
@@ -78,13 +96,16 @@ class Block(nnx.Module):
 
   def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
     width, hidden = config.width, hidden_size(config)
-    self.attention_norm = RMSNorm(width, gain=not config.modulated)
+    inside = std(config, width, hidden)
+    self.attention_norm = norm(config, width, gain=not config.modulated)
     self.attention = Attention(config, rngs=rngs)
-    self.mlp_norm = RMSNorm(width, gain=not config.modulated)
-    self.gate_up = Linear(width, (2, hidden), dtype=config.dtype, rngs=rngs)
-    self.down = Linear(hidden, width, dtype=config.dtype, rngs=rngs)
+    self.mlp_norm = norm(config, width, gain=not config.modulated)
+    self.gate_up = Linear(width, (2, hidden), std=inside, dtype=config.dtype, rngs=rngs)
+    self.down = Linear(hidden, width, std=inside, dtype=config.dtype, rngs=rngs)
+    self.streams = config.streams
     self.modulation = Linear(
-        width, 6 * width, bias=True, std=0, rngs=rngs) if config.modulated else None
+        width, 6 * width * max(1, len(config.streams)), bias=True, std=0,
+        rngs=rngs) if config.modulated else None
     self.dropout = config.dropout
 
   def __call__(self, x: Float[Array, 'b n c'], *, modulation: Array | None = None,
@@ -98,13 +119,22 @@ class Block(nnx.Module):
     else:
       shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
           part.astype(x.dtype) for part in jnp.split(
-              self.modulation(jax.nn.silu(modulation))[:, None], 6, -1))
+              self._spread(self.modulation(jax.nn.silu(modulation))[:, None]), 6, -1))
     y = modulate(self.attention_norm(x), shift_a, scale_a)
     y, cache = self.attention(y, **attention)
     x = constrain(x + gate_a * dropout(y, self.dropout, keys[0]), 'b n c')
     gate, up = jnp.moveaxis(self.gate_up(modulate(self.mlp_norm(x), shift_m, scale_m)), -2, 0)
     y = self.down(jax.nn.silu(gate) * up)
     return constrain(x + gate_m * dropout(y, self.dropout, keys[1]), 'b n c'), cache
+
+  def _spread(self, y: Float[Array, 'b 1 m']) -> Float[Array, 'b n c6']:
+    """Every stretch's own modulation at all its positions; one modulation broadcasts as it is."""
+    if not self.streams:
+      return y
+    parts = jnp.split(y, len(self.streams), -1)
+    # not by indices: the gradient of a broadcast is a sum, that of a gather a scatter
+    return jnp.concatenate([jnp.broadcast_to(part, (part.shape[0], n, part.shape[2]))
+                            for n, part in zip(self.streams, parts)], 1)
 
 
 class Transformer(nnx.Module):
@@ -123,13 +153,13 @@ class Transformer(nnx.Module):
       return Block(config, rngs=rngs)
 
     self.blocks = stacked(rngs)
-    self.norm = RMSNorm(config.width, gain=not config.modulated)
+    self.norm = norm(config, config.width, gain=not config.modulated)
     self.modulation = Linear(
         config.width, 2 * config.width, bias=True, std=0, rngs=rngs) if config.modulated else None
 
   def __call__(self, x: Float[Array, 'b n c'], *,
                positions: Int[Array, '... n a'] | Rotations | None = None, causal: bool = False,
-               mask: Bool[Array, 'b n'] | None = None,
+               mask: Bool[Array, 'b n'] | Bool[Array, '#b 1 n n'] | None = None,
                modulation: Float[Array, 'b c'] | None = None, key: Array | None = None,
                train: bool = False) -> Float[Array, 'b n c']:
     """All positions at once.
@@ -138,7 +168,8 @@ class Transformer(nnx.Module):
       positions: the coordinates that rotate queries and keys, or `rotations` of them; unused (may
         be None) for axes=0.
       causal: position i attends to 0..i only.
-      mask: which positions may be attended to; each may always attend to itself.
+      mask: which positions may be attended to; each may always attend to itself. Four axes state
+        which keys (last) every query sees, as it is.
       modulation: the condition vector of adaLN, needed if and only if the config is modulated.
       key: for dropout, needed to train with it.
     """
@@ -244,8 +275,19 @@ class Transformer(nnx.Module):
           f'{"None" if modulation is None else "an array"}.')
 
 
+def norm(config: TransformerConfig, width: int, gain: bool = True) -> RMSNorm | LayerNorm:
+  return LayerNorm() if config.norm == 'layer' else RMSNorm(width, gain=gain)
+
+
+def std(config: TransformerConfig, inputs: int, outputs: int) -> float:
+  """The deviation of a kernel at initialisation."""
+  return deviation(inputs, outputs) if config.init == 'xavier' else 0.02
+
+
 def check(config: TransformerConfig) -> None:
   """Raises ValueError where the sizes do not divide."""
+  if config.streams and not config.modulated:
+    raise ValueError(f'streams={config.streams} say who is modulated; set modulated=True.')
   if config.width % config.heads:
     raise ValueError(f'width={config.width} must be a multiple of heads={config.heads}.')
   if config.heads % (config.kv_heads or config.heads):
@@ -279,6 +321,8 @@ def allowed(query: Array, key: Array, causal: bool, mask: Array | None, index: A
   """Which keys each query may see; query i sits at key `index` + i. None is all of them."""
   if not causal and mask is None:
     return None
+  if mask is not None and mask.ndim == 4:
+    return mask
   start = jnp.zeros((), jnp.int32) if index is None else index
   own = (start[..., None] + jnp.arange(query.shape[2]))[..., None]  # [*b, n, 1]
   keys = jnp.arange(key.shape[2])

@@ -126,6 +126,14 @@ def test_masked_keys_are_not_seen_and_a_row_of_them_is_finite():
   assert np.abs(y[0, 4] - z[0, 4]).max() > 1e-2 and np.isfinite(y).all()
 
 
+def test_a_pattern_says_which_keys_each_query_sees():
+  model = build()
+  x, places, _ = inputs(model)
+  pattern = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None, None]
+  np.testing.assert_allclose(forward(model, x, places, mask=pattern),
+                             forward(model, x, places, causal=True), atol=1e-6)
+
+
 def test_adaln_zero_begins_as_the_identity():
   model = Transformer(dataclasses.replace(SMALL, modulated=True), rngs=nnx.Rngs(0))
   x, places, vector = inputs(model)

@@ -1,0 +1,50 @@
+"""The transformer of a rectified-flow decoder: noised patches and registers in one sequence.
+
+FlexTok (arXiv 2502.13967; apple/ml-flextok): everything attends to everything; the time modulates
+by adaLN-zero, patches and registers each in their own way, and the head alone reads the patches.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from smalti.networks.layers import Linear, TimeEmbedding, deviation, grid_sinusoid
+from smalti.networks.transformer import Transformer, TransformerConfig
+
+
+class FlowTransformer(nnx.Module):
+  """The velocity at noised patches [b, n, f] and times [b], given registers [b, k, c].
+
+  Zero at initialisation. Patches have the positions of a fixed sine and cosine table; registers
+  bring their own.
+
+  Args:
+    config: of the blocks; adaLN, its two streams and the absence of rotations are set here.
+    grid: of the patches, row-major.
+    features: values of a patch.
+    registers: how many there are.
+  """
+
+  def __init__(self, config: TransformerConfig, *, grid: tuple[int, int], features: int,
+               registers: int, rngs: nnx.Rngs):
+    width, patches = config.width, math.prod(grid)
+    if width % 4:
+      raise ValueError(f'width={width} must be a multiple of 4, for the positions of two axes.')
+    self.grid, self.width = tuple(grid), width
+    self.input = Linear(features, width, bias=True, std=deviation(features, width),
+                        dtype=config.dtype, rngs=rngs)
+    self.time = TimeEmbedding(width, base=256.0, xavier=True, rngs=rngs)
+    self.transformer = Transformer(dataclasses.replace(
+        config, axes=0, modulated=True, streams=(patches, registers)), rngs=rngs)
+    self.head = Linear(width, features, bias=True, std=0, rngs=rngs)
+
+  def __call__(self, x: Float[Array, 'b n f'], registers: Float[Array, 'b k c'],
+               t: Float[Array, 'b']) -> Float[Array, 'b n f']:
+    y = self.input(x) + jnp.asarray(grid_sinusoid(self.grid, self.width), self.input.dtype)
+    y = jnp.concatenate([y, registers.astype(y.dtype)], 1)
+    y = self.transformer(y, modulation=self.time(t))
+    return self.head(jax.lax.slice_in_dim(y, 0, x.shape[1], axis=1))
