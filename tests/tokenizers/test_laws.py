@@ -14,10 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from smalti.tokenizers import tokenizer as jitted
 from smalti.tokenizers.autoencoder import AutoencoderConfig
+from smalti.tokenizers.binary import BSQConfig, LFQConfig
 from smalti.tokenizers.ibq import IBQConfig
 from smalti.tokenizers.latent import LatentConfig
 from smalti.tokenizers.projected import ProjectedConfig
 from smalti.tokenizers.quantizer import Statistics, absorb, combine
+from smalti.tokenizers.residual import ResidualConfig
 from smalti.tokenizers.scalar import FSQConfig
 from smalti.tokenizers.simvq import SimVQConfig
 from smalti.tokenizers.spec import TokenSpec
@@ -46,7 +48,14 @@ QUANTIZERS = {
     'simvq': Row(SimVQConfig(codes=32, dim=6)),
     'ibq': Row(IBQConfig(codes=32, dim=6),
                lambda q, z: jax.nn.softmax(z @ q.codes().T) @ q.codes()),
+    'lfq': Row(LFQConfig(bits=6)),
+    'bsq': Row(BSQConfig(bits=6, groups=2), lambda q, z: q.scale * normalize(z)),
     'latent': Row(LatentConfig(latents=16, codes=10)),
+    'residual_vq': Row(ResidualConfig(quantizer=VQConfig(codes=32, dim=6), levels=3)),
+    'residual_fsq': Row(ResidualConfig(quantizer=FSQConfig(levels=(8, 5, 3)), levels=3),
+                        lambda q, z: q.levels[0].bound(z)),
+    'residual_shared': Row(
+        ResidualConfig(quantizer=VQConfig(codes=32, dim=6), levels=3, shared=True)),
     'projected_vq': Row(
         ProjectedConfig(quantizer=VQConfig(codes=32, dim=3), dim=6),
         lambda q, z: q.expand(q.reduce(z))),
@@ -76,6 +85,7 @@ TOKENIZERS = {
         ProjectedConfig(
             quantizer=VQConfig(codes=32, dim=4, cosine=True, update='gradient'), dim=16),
         patch=2, attention=(2,), dtype='bfloat16', dropout=0.1),
+    'bsq': autoencoder(BSQConfig(bits=6, groups=3)),
     'qlae': styled(LatentConfig(latents=6, codes=10)),
     'styled_vq': styled(VQConfig(codes=32, dim=4, update='gradient')),
 }
