@@ -167,7 +167,13 @@ def _parse(verb: str, values: flags.FlagValues, arguments: list[str]) -> None:
       raise ValueError('--settings stands for no value; name one, as in --settings.steps=12.')
     values['settings'].value = dict(overrides['settings'])
   if 'config' in values:
-    if values.config is not None:
+    if isinstance(values['config'], _SweepFlag):
+      if overrides['config']:
+        raise ValueError(f'--config.{overrides["config"][0][0]} has no place in a sweep over '
+                         'configs; change a copy of the file, and name its path.')
+      if values.config is not None:
+        values['config'].value = values.config, load_sweep(values.config)
+    elif values.config is not None:
       values['config'].value = load_config(values.config, overrides['config'], values.plugin)
     elif cast(_ConfigFlag, values['config']).required or overrides['config']:
       raise ValueError(f'{verb} needs --config=NAME[:size] or a path to a .py or .json; '
@@ -208,6 +214,18 @@ def _import_plugin(name: str) -> None:
 class _ConfigFlag(flags.Flag):
   """`--config`: its text while absl parses, the resolved tree after."""
   required = True
+
+
+class _SweepFlag(flags.Flag):
+  """`--config` of `sweep`: its text while absl parses, (text, experiments by name) after."""
+
+
+def define_sweep(values: flags.FlagValues) -> None:
+  """Adds `--config=NAME[:size]`; `values.config` is the text and what its `get_sweep` returned."""
+  flags.DEFINE_flag(_SweepFlag(
+      flags.ArgumentParser(), flags.ArgumentSerializer(), 'config', None,
+      'Trains the rows of a packaged config, or of the path to a .py, that has a get_sweep(size).'),
+      values)
 
 
 def define_config(values: flags.FlagValues, *, required: bool = True) -> None:
@@ -268,6 +286,24 @@ def load_config(name: str, overrides: Iterable[tuple[str, str]] = (),
   return config
 
 
+def load_sweep(name: str) -> dict[str, Any]:
+  """The experiments, by name, of `get_sweep(size)` of NAME[:size] or a .py; checked.
+
+  Raises:
+    ValueError: an unknown config or size, one without `get_sweep`, or one that returns no such.
+    FileNotFoundError: a path that leads nowhere.
+  """
+  from smalti.launch.experiment import Experiment
+  found = _load(name, Experiment, (), 'get_sweep')
+  if not isinstance(found, dict) or not found or not all(
+      isinstance(x, Experiment) for x in found.values()):
+    raise ValueError(f'{name}: get_sweep must return experiments by name, got a '
+                     f'{type(found).__name__}.')
+  for experiment in found.values():
+    serialization.check(experiment)
+  return {key: _copy(experiment) for key, experiment in found.items()}
+
+
 def override(config: Any, path: str, text: str, *, tree: str = 'config') -> Any:
   """A copy of `config` with the field at the dotted `path` read from `text`.
 
@@ -288,20 +324,22 @@ def _copy(value: Any) -> Any:
   return tuple(map(_copy, value)) if isinstance(value, tuple) else value
 
 
-def _load(name: str, base: type, plugins: Sequence[str]) -> Any:
+def _load(name: str, base: type, plugins: Sequence[str], function: str = 'get_config') -> Any:
   name, size = (name, '') if os.path.exists(name) else name.partition(':')[::2]
   path = pathlib.Path(name)
   if path.suffix not in ('.py', '.json'):
     if name not in packaged():
       raise ValueError(f'unknown config {name!r}; {serialization.suggest(name, packaged())}')
-    return _call(importlib.import_module(f'smalti.configs.{name}'), name, size)
+    return _call(importlib.import_module(f'smalti.configs.{name}'), name, size, function)
   if not path.is_file():
     raise FileNotFoundError(f'no config at {name}; packaged are {", ".join(packaged())}.')
   if path.suffix == '.py':
     loader = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
     module = importlib.util.module_from_spec(loader)
     loader.loader.exec_module(module)
-    return _call(module, name, size)
+    return _call(module, name, size, function)
+  if function != 'get_config':
+    raise ValueError(f'{name} is no Python file with a {function}(size).')
   if size:
     raise ValueError(f'{name}:{size} names a size, but the JSON of a config has one size only.')
   try:
@@ -315,18 +353,19 @@ def _load(name: str, base: type, plugins: Sequence[str]) -> Any:
   return serialization.from_json(data, base, plugins)
 
 
-def _call(module: Any, name: str, size: str) -> Any:
-  """`get_config(size)` of a config module, for a size it knows."""
-  if not callable(getattr(module, 'get_config', None)):
-    raise ValueError(f'{name} has no get_config(size) that returns an Experiment.')
+def _call(module: Any, name: str, size: str, function: str) -> Any:
+  """`get_config(size)` or `get_sweep(size)` of a config module, for a size it knows."""
+  get = getattr(module, function, None)
+  if not callable(get):
+    raise ValueError(f'{name} has no {function}(size).')
   if not size:
-    return module.get_config()
+    return get()
   sizes = getattr(module, 'SIZES', None)
-  if sizes is None and inspect.signature(module.get_config).parameters:
-    return module.get_config(size)  # a file that knows its sizes by other means
+  if sizes is None and inspect.signature(get).parameters:
+    return get(size)  # a file that knows its sizes by other means
   if size not in (sizes or ()):
     raise ValueError(f'{name} has no size {size!r}; known are {", ".join(sizes or ("none",))}.')
-  return module.get_config(size)
+  return get(size)
 
 
 def _override(node: Any, parts: list[str], text: str, path: str, root: Any) -> Any:

@@ -39,12 +39,14 @@ SIDES = (4, 8, 16)  # of the patches of baselines
 
 def tokenizer_scores(loaded: runs.Loaded, scores: Scores, judge: Judge, data: Any, *,
                      lpips: perceptual.Net | None = None,
-                     tables: pathlib.Path | None = None) -> None:
+                     tables: pathlib.Path | None = None, beside: bool = True) -> None:
   """All scores of a tokenizer on held-out images.
 
   Args:
     lpips: the network of LPIPS, whose files the environment names; None leaves it out.
     tables: the folder for the tables of the page; None writes none.
+    beside: also what is beside the tokenizer's own errors and codes: baselines of as many bits,
+      stability of the tokens, the tokens as a language.
   """
   held_out, train = data.open('eval'), data.open('train')
   n = judge.held_out[0].n
@@ -74,6 +76,9 @@ def tokenizer_scores(loaded: runs.Loaded, scores: Scores, judge: Judge, data: An
       scores.add(f'{distance.name}{suffix}', float(np.concatenate(distances).mean()), higher=False,
                  samples=n, extractor=distance, reference=judge.held_out[0].source,
                  reference_samples=n)
+  if not beside:
+    _add_use(scores, loaded.spec, _tokens(loaded, _take(held_out, LARGEST)))
+    return
   rest = _take(held_out, ERRORS)
   _add_baselines(scores, loaded, points[-1][1], _take(train, ERRORS * 5), rest, points, tables)
   _add_stability(scores, loaded, rest)
@@ -162,16 +167,8 @@ def _add_codes(scores: Scores, loaded: runs.Loaded, train: np.ndarray, held_out:
                tables: pathlib.Path | None) -> None:
   """Use of the codes, and the tokens as a language, with both controls beside every number."""
   spec = loaded.spec
-  tokens = [np.concatenate([np.asarray(encoded(loaded, images[i:i + BATCH]))
-                            for i in range(0, len(images), BATCH)])
-            for images in (train, held_out)]
-  for d, count in enumerate(codes.counts(spec, tokens[1])):
-    use = codes.code_use(count)
-    suffix = '' if spec.depth == 1 else f'_depth{d}'
-    scores.add(f'usage{suffix}', use.usage, unit='share', higher=True, samples=len(tokens[1]),
-               tokens=use.tokens, dead=use.dead, vocab=use.vocab, expected=use.expected)
-    scores.add(f'perplexity{suffix}', use.perplexity, higher=True, samples=len(tokens[1]),
-               tokens=use.tokens, vocab=use.vocab, normalized=use.normalized)
+  tokens = [_tokens(loaded, images) for images in (train, held_out)]
+  _add_use(scores, spec, tokens[1])
   found = language.report_language(spec, *tokens)
   for depth, scans in found.items():
     suffix = '' if spec.depth == 1 else f'_{depth}'
@@ -189,6 +186,21 @@ def _add_codes(scores: Scores, loaded: runs.Loaded, train: np.ndarray, held_out:
     add('ngram_perplexity', lambda x, i=best: x['perplexity'][i], n=best + 1)
   if tables is not None:
     _write(tables / 'language.json', {'fingerprint': loaded.fingerprint, 'depths': found})
+
+
+def _add_use(scores: Scores, spec: Any, tokens: np.ndarray) -> None:
+  for d, count in enumerate(codes.counts(spec, tokens)):
+    use = codes.code_use(count)
+    suffix = '' if spec.depth == 1 else f'_depth{d}'
+    scores.add(f'usage{suffix}', use.usage, unit='share', higher=True, samples=len(tokens),
+               tokens=use.tokens, dead=use.dead, vocab=use.vocab, expected=use.expected)
+    scores.add(f'perplexity{suffix}', use.perplexity, higher=True, samples=len(tokens),
+               tokens=use.tokens, vocab=use.vocab, normalized=use.normalized)
+
+
+def _tokens(loaded: runs.Loaded, images: np.ndarray) -> np.ndarray:
+  return np.concatenate([np.asarray(encoded(loaded, images[i:i + BATCH]))
+                         for i in range(0, len(images), BATCH)])
 
 
 def _batches(source: Any, n: int) -> Iterator[np.ndarray]:

@@ -9,6 +9,9 @@ batches are in `logs/`. `--dry_run` times a batch of every program and says how 
 Axes: --settings.NAME=1,2,3 (tuples parted by `;`), --seed=0,1,2, --weights=ema,raw,
 --workdir=RUN1,RUN2, and --checkpoint=best | last | all | 1000,2000 | 10000:400000:10000. They are
 combined (--mode=grid), taken in step (zip), or listed in a JSON file (--mode=list --cells=FILE).
+
+With --config=NAME it trains and scores the experiments of that config's `get_sweep` instead: see
+`launch/study.py`.
 """
 
 import contextlib
@@ -37,6 +40,7 @@ from smalti.launch import (
     run as runs,
     serialization,
     signals,
+    study,
 )
 from smalti.launch.cells import Cell, Folder, Log
 from smalti.launch.judge import Accumulation, Judge, open_judge, references
@@ -403,6 +407,11 @@ def repeat(request: dict[str, Any]) -> list[Score]:
 
 def define(values: Any) -> None:
   from absl import flags
+  cli.define_sweep(values)
+  flags.DEFINE_list('rows', None, 'With --config: some of its rows; default all.',
+                    flag_values=values)
+  flags.DEFINE_string('results', None, 'With --config: the folder of finished rows; default '
+                      'OUT/results.', flag_values=values)
   flags.DEFINE_list('workdir', None, 'The generator, or several with commas.', flag_values=values)
   flags.DEFINE_string('out', None, 'The folder of the sweep; default RUN/sweep.',
                       flag_values=values)
@@ -433,11 +442,14 @@ def define(values: Any) -> None:
 
 
 def main(values: Any) -> int:
-  if not values.workdir:
-    raise ValueError('sweep needs --workdir=RUN, the run of a generator.')
+  if bool(values.workdir) == bool(values.config):
+    raise ValueError('sweep needs --workdir=RUN, the run of a generator, or --config=NAME, whose '
+                     'rows are trained; and not both.')
   if not 0 <= values.worker < values.num_workers:
     raise ValueError(f'worker={values.worker} must be in 0..{values.num_workers - 1}.')
   meshes.distribute()
+  if values.config:
+    return study.main(values)
   if jax.process_count() > 1 and values.num_workers > 1:
     raise ValueError('The processes of a cluster share every cell; leave out --num_workers.')
   out = pathlib.Path(values.out or pathlib.Path(values.workdir[0]) / 'sweep')

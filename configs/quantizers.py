@@ -1,0 +1,71 @@
+"""Every quantizer in one small net, at one rate of bits: smalti sweep --config=quantizers.
+
+32 x 32 pictures become 64 positions of about 10 bits, 640 in all. The rows differ in the quantizer
+alone: same net, data, steps and learning rate. One of them: smalti train --config=quantizers:fsq.
+"""
+
+import dataclasses
+
+from smalti.data.digits import DigitsConfig
+from smalti.data.downloads import CifarJpegConfig
+from smalti.launch.experiment import (
+    CheckpointConfig,
+    EvalConfig,
+    Experiment,
+    LogConfig,
+    OptimizerConfig,
+    Published,
+)
+from smalti.tokenizers.autoencoder import AutoencoderConfig
+from smalti.tokenizers.ibq import IBQConfig
+from smalti.tokenizers.quantizer import QuantizerConfig
+from smalti.tokenizers.scalar import FSQConfig
+from smalti.tokenizers.simvq import SimVQConfig
+from smalti.tokenizers.vq import VQConfig
+
+DIM = 32  # of all codes that are vectors
+ROWS: dict[str, QuantizerConfig] = {  # the most important first
+    'vq': VQConfig(codes=1024, dim=DIM),
+    'fsq': FSQConfig(levels=(8, 5, 5, 5)),
+    'simvq': SimVQConfig(codes=1024, dim=DIM),
+    'ibq': IBQConfig(codes=1024, dim=DIM),
+}
+REPEATED = ('vq', 'fsq', 'simvq', 'lfq', 'residual')  # which the text compares: three seeds
+SIZES = {
+    'debug': dict(image=8, channels=1, patch=2, width=8, blocks=1, steps=2, batch_size=16),
+    'base': dict(image=32, channels=3, patch=4, width=96, blocks=2, steps=2000, batch_size=64),
+    'digits': dict(image=8, channels=1, patch=1, width=32, blocks=1, steps=2000, batch_size=64),
+    **{row: dict(image=32, channels=3, patch=4, width=96, blocks=2, steps=2000, batch_size=64)
+       for row in ROWS},
+}
+
+
+def get_config(size: str = 'base') -> Experiment:
+  options = SIZES[size]
+  return Experiment(
+      model=AutoencoderConfig(
+          image_size=(options['image'],) * 2, channels=options['channels'],
+          width=options['width'], multipliers=(1,), blocks=options['blocks'],
+          patch=options['patch'], quantizer=ROWS.get(size, ROWS['vq'])),
+      data=CifarJpegConfig() if options['channels'] == 3 else DigitsConfig(),
+      steps=options['steps'],
+      batch_size=options['batch_size'],
+      optimizer=OptimizerConfig(rate=1e-3, warmup=100),
+      ema=0.99,
+      checkpoint=CheckpointConfig(every=500),
+      log=LogConfig(every=100),
+      eval=EvalConfig(every=500, batches=8),
+      published=Published(source='our own size: 0.69M parameters, minutes on two cores'))
+
+
+def get_sweep(size: str = 'base') -> dict[str, Experiment]:
+  rows = {row: _row(size, quantizer, 0) for row, quantizer in ROWS.items()}
+  for seed in (1, 2):
+    rows |= {f'{row}/{seed}': _row(size, ROWS[row], seed) for row in REPEATED if row in ROWS}
+  return rows
+
+
+def _row(size: str, quantizer: QuantizerConfig, seed: int) -> Experiment:
+  experiment = get_config(size)
+  model = dataclasses.replace(experiment.model, quantizer=quantizer)
+  return dataclasses.replace(experiment, model=model, seed=seed)
