@@ -5,6 +5,7 @@ alone: same net, data, steps and learning rate. One of them: smalti train --conf
 """
 
 import dataclasses
+from typing import Any
 
 from smalti.data.digits import DigitsConfig
 from smalti.data.downloads import CifarJpegConfig
@@ -17,18 +18,27 @@ from smalti.launch.experiment import (
     Published,
 )
 from smalti.tokenizers.autoencoder import AutoencoderConfig
+from smalti.tokenizers.binary import BSQConfig, LFQConfig
 from smalti.tokenizers.ibq import IBQConfig
+from smalti.tokenizers.image import LossWeights
 from smalti.tokenizers.quantizer import QuantizerConfig
+from smalti.tokenizers.residual import ResidualConfig
 from smalti.tokenizers.scalar import FSQConfig
 from smalti.tokenizers.simvq import SimVQConfig
 from smalti.tokenizers.vq import VQConfig
 
 DIM = 32  # of all codes that are vectors
-ROWS: dict[str, QuantizerConfig] = {  # the most important first
-    'vq': VQConfig(codes=1024, dim=DIM),
-    'fsq': FSQConfig(levels=(8, 5, 5, 5)),
-    'simvq': SimVQConfig(codes=1024, dim=DIM),
-    'ibq': IBQConfig(codes=1024, dim=DIM),
+ROWS: dict[str, tuple[QuantizerConfig, LossWeights]] = {  # the most important first
+    'vq': (VQConfig(codes=1024, dim=DIM), LossWeights()),
+    'fsq': (FSQConfig(levels=(8, 5, 5, 5)), LossWeights()),
+    'simvq': (SimVQConfig(codes=1024, dim=DIM), LossWeights()),
+    # MaskBit's weights; at this scale the 0.1 of MAGVIT-v2 drowns the pictures
+    'lfq': (LFQConfig(bits=10), LossWeights(entropy=0.02, entropy_boost=3.0)),
+    'residual': (ResidualConfig(quantizer=VQConfig(codes=32, dim=DIM), levels=2), LossWeights()),
+    'bsq': (BSQConfig(bits=10), LossWeights(commitment=0.0, entropy_boost=3.0)),
+    'ibq': (IBQConfig(codes=1024, dim=DIM), LossWeights(commitment=1.0, entropy=0.05)),
+    'vq_gradient': (VQConfig(codes=1024, dim=DIM, update='gradient'), LossWeights()),
+    'vq_cosine': (VQConfig(codes=1024, dim=8, cosine=True, update='gradient'), LossWeights()),
 }
 REPEATED = ('vq', 'fsq', 'simvq', 'lfq', 'residual')  # which the text compares: three seeds
 SIZES = {
@@ -41,12 +51,12 @@ SIZES = {
 
 
 def get_config(size: str = 'base') -> Experiment:
-  options = SIZES[size]
+  options, (quantizer, weights) = SIZES[size], ROWS.get(size, ROWS['vq'])
   return Experiment(
       model=AutoencoderConfig(
           image_size=(options['image'],) * 2, channels=options['channels'],
           width=options['width'], multipliers=(1,), blocks=options['blocks'],
-          patch=options['patch'], quantizer=ROWS.get(size, ROWS['vq'])),
+          patch=options['patch'], quantizer=quantizer, weights=weights),
       data=CifarJpegConfig() if options['channels'] == 3 else DigitsConfig(),
       steps=options['steps'],
       batch_size=options['batch_size'],
@@ -59,13 +69,11 @@ def get_config(size: str = 'base') -> Experiment:
 
 
 def get_sweep(size: str = 'base') -> dict[str, Experiment]:
-  rows = {row: _row(size, quantizer, 0) for row, quantizer in ROWS.items()}
-  for seed in (1, 2):
-    rows |= {f'{row}/{seed}': _row(size, ROWS[row], seed) for row in REPEATED if row in ROWS}
-  return rows
-
-
-def _row(size: str, quantizer: QuantizerConfig, seed: int) -> Experiment:
-  experiment = get_config(size)
-  model = dataclasses.replace(experiment.model, quantizer=quantizer)
-  return dataclasses.replace(experiment, model=model, seed=seed)
+  named = {row: (row, 0) for row in ROWS}
+  named |= {f'{row}/{seed}': (row, seed) for seed in (1, 2) for row in REPEATED}
+  found = {}
+  for name, (row, seed) in named.items():
+    experiment: Any = get_config(size)
+    experiment.model.quantizer, experiment.model.weights = ROWS[row]
+    found[name] = dataclasses.replace(experiment, seed=seed)
+  return found
