@@ -12,10 +12,10 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from smalti.tokenizers.quantizer import Quantized, Quantizer, QuantizerConfig, straight_through
-from smalti.tokenizers.statistics import diversity, segment_count
+from smalti.tokenizers.statistics import diversity, mean, segment_count
 
 COUNTED = 2**20  # larger grids are not counted in training: evaluation.codes does it over a window
 
@@ -54,12 +54,13 @@ class FSQ(Quantizer):
     self.factors = tuple(config.levels)
     self.step = tuple(1 / (n - 1) for n in config.levels)
 
-  def __call__(self, z: Float[Array, 'b n c'], *, key: Array | None = None,
-               train: bool = False) -> Quantized:
+  def __call__(self, z: Float[Array, 'b n c'], *, key: Array | None = None, train: bool = False,
+               valid: Bool[Array, 'b n'] | None = None) -> Quantized:
     del key, train  # nothing is drawn and nothing learned
     z = z.astype(jnp.float32)
-    quantized = self.round(self.bound(z))
-    quantized.metrics['saturation'] = jnp.mean(jnp.abs(jnp.tanh(z + self._shift())) > 0.99)
+    quantized = self.round(self.bound(z), valid=valid)
+    saturated = jnp.abs(jnp.tanh(z + self._shift())) > 0.99
+    quantized.metrics['saturation'] = mean(saturated.astype(jnp.float32), valid)
     return quantized
 
   def bound(self, z: Float[Array, 'b n c']) -> Float[Array, 'b n c']:
@@ -68,14 +69,18 @@ class FSQ(Quantizer):
     bounded = jnp.tanh(z + self._shift()) * self._half() - self._offset()
     return bounded / (levels // 2)
 
-  def round(self, bounded: Float[Array, 'b n c']) -> Quantized:
+  def round(self, bounded: Float[Array, 'b n c'], *, valid: Bool[Array, 'b n'] | None = None
+            ) -> Quantized:
     """The nearest levels of vectors that are bounded already."""
     levels = np.array(self.factors)
     digits = jnp.round(bounded * (levels // 2)).astype(jnp.int32) + levels // 2
     digits = jnp.clip(digits, 0, levels - 1)  # 1 + 1e-3 overshoots from 1001 levels on
     tokens = jnp.sum(digits * self._place(), -1, keepdims=True, dtype=jnp.int32)
     vectors = straight_through(bounded, self.lookup(tokens))
-    metrics = diversity(segment_count(tokens, *self.vocab)) if self.vocab[0] <= COUNTED else {}
+    codes, metrics = self.vocab[0], {}
+    if codes <= COUNTED:
+      counted = tokens if valid is None else jnp.where(valid[..., None], tokens, codes)
+      metrics = diversity(segment_count(counted, codes))
     return Quantized(vectors, tokens, losses={}, metrics=metrics, statistics=None)
 
   def lookup(self, tokens: Int[Array, 'b n 1']) -> Float[Array, 'b n c']:
