@@ -65,10 +65,11 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-  """A table of `size` rows of `width`, N(0, 0.02)."""
+  """A table of `size` rows of `width`, N(0, std)."""
 
-  def __init__(self, size: int, width: int, *, dtype: str = 'float32', rngs: nnx.Rngs):
-    self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (size, width)))
+  def __init__(self, size: int, width: int, *, std: float = 0.02, dtype: str = 'float32',
+               rngs: nnx.Rngs):
+    self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (size, width)))
     self.dtype = dtype
 
   def __call__(self, ids: Int[Array, '*b']) -> Float[Array, '*b c']:
@@ -88,12 +89,20 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-  """(x - mean) / sqrt(variance + 1e-5) over the last axis, in float32; no gain and no shift."""
+  """(x - mean) / sqrt(variance + 1e-5) over the last axis, in float32.
+
+  With a `width` it is then multiplied by `scale` and shifted by `bias`.
+  """
+
+  def __init__(self, width: int | None = None):
+    self.scale = None if width is None else nnx.Param(jnp.ones(width))
+    self.bias = None if width is None else nnx.Param(jnp.zeros(width))
 
   def __call__(self, x: Float[Array, '*b c']) -> Float[Array, '*b c']:
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, -1, keepdims=True)
-    return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-5)).astype(x.dtype)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-5)
+    return (y if self.scale is None else y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 class TimeEmbedding(nnx.Module):

@@ -1,4 +1,7 @@
-"""The transformer under every generator: pre-norm, RoPE, QK-norm, SwiGLU; causal or not.
+"""The transformer under every generator and vision network: pre-norm, causal or not.
+
+RMSNorm, RoPE, QK-norm and SwiGLU, unless the config says otherwise: published vision transformers
+have LayerNorm, biases and a plain MLP.
 
 Blocks are stacked (every leaf of `blocks` has a leading layer axis) and scanned for training, so
 that compile time does not grow with depth; for decoding they are unstacked once, outside the token
@@ -7,6 +10,7 @@ heads an axis: a mesh splits [width, heads, f] on heads.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -26,6 +30,7 @@ from smalti.networks.layers import (
     rotation,
 )
 
+ACTIVATIONS = {'gelu': functools.partial(jax.nn.gelu, approximate=False), 'tanh': jnp.tanh}
 Rotations = tuple[Float[Array, '... p'], Float[Array, '... p']]
 Cache = list[tuple[Float[Array, 'b k t f'], Float[Array, 'b k t f']]]
 
@@ -36,9 +41,15 @@ class TransformerConfig:
 
   Args:
     kv_heads: heads of keys and values, a divisor of `heads` (GQA); None is `heads`.
-    hidden: SwiGLU width; None is 8/3 width, rounded up to a multiple of 32 (LlamaGen: of 256).
+    hidden: width of the MLP; None is 4 width, for 'swiglu' 8/3 width rounded up to a multiple of 32
+      (LlamaGen: of 256).
     axes: coordinates of a position that rotate queries and keys; 0 is no position at all.
-    norm: 'rms' with a gain, or 'layer' without gain or shift (FlexTok), for queries and keys too.
+    norm: 'rms' with a gain, 'layer' without gain or shift (FlexTok), or 'affine', a layer norm with
+      both (ViT-VQGAN, TiTok); for queries and keys too.
+    mlp: 'swiglu', or one hidden layer of exact 'gelu' (TiTok) or 'tanh' (enhancing-transformers'
+      ViT-VQGAN).
+    bias: of the MLP and of attention's output (ViT-VQGAN, TiTok).
+    qkv_bias: of queries, keys and values (TiTok).
     init: kernels N(0, 0.02), or N(0, 2 / (inputs + outputs)) of each matrix ('xavier', FlexTok).
     modulated: adaLN-zero from a vector [b, width] (arXiv 2212.09748); norms then have no gain.
     streams: lengths of consecutive stretches of positions whose blocks have a modulation each
@@ -52,7 +63,10 @@ class TransformerConfig:
   hidden: int | None = None
   axes: int = 1
   qk_norm: bool = True
-  norm: Literal['rms', 'layer'] = 'rms'
+  norm: Literal['rms', 'layer', 'affine'] = 'rms'
+  mlp: Literal['swiglu', 'gelu', 'tanh'] = 'swiglu'
+  bias: bool = False
+  qkv_bias: bool = False
   init: Literal['normal', 'xavier'] = 'normal'
   modulated: bool = False
   streams: tuple[int, ...] = ()
@@ -68,10 +82,11 @@ class Attention(nnx.Module):
     width, heads, features = config.width, config.heads, config.width // config.heads
     kv_heads = config.kv_heads or heads
     whole, shared = std(config, width, width), std(config, width, kv_heads * features)
-    self.query = Linear(width, (heads, features), std=whole, dtype=config.dtype, rngs=rngs)
+    options: Any = dict(dtype=config.dtype, rngs=rngs)
+    self.query = Linear(width, (heads, features), bias=config.qkv_bias, std=whole, **options)
     self.key_value = Linear(
-        width, (2, kv_heads, features), std=shared, dtype=config.dtype, rngs=rngs)
-    self.out = Linear((heads, features), width, std=whole, dtype=config.dtype, rngs=rngs)
+        width, (2, kv_heads, features), bias=config.qkv_bias, std=shared, **options)
+    self.out = Linear((heads, features), width, bias=config.bias, std=whole, **options)
     self.query_norm = norm(config, features) if config.qk_norm else None
     self.key_norm = norm(config, features) if config.qk_norm else None
 
@@ -92,7 +107,7 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-  """x + attention(norm(x)), then x + swiglu(norm(x)); adaLN-zero where modulated."""
+  """x + attention(norm(x)), then x + mlp(norm(x)); adaLN-zero where modulated."""
 
   def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
     width, hidden = config.width, hidden_size(config)
@@ -100,8 +115,13 @@ class Block(nnx.Module):
     self.attention_norm = norm(config, width, gain=not config.modulated)
     self.attention = Attention(config, rngs=rngs)
     self.mlp_norm = norm(config, width, gain=not config.modulated)
-    self.gate_up = Linear(width, (2, hidden), std=inside, dtype=config.dtype, rngs=rngs)
-    self.down = Linear(hidden, width, std=inside, dtype=config.dtype, rngs=rngs)
+    options: Any = dict(bias=config.bias, std=inside, dtype=config.dtype, rngs=rngs)
+    if config.mlp == 'swiglu':
+      self.gate_up = Linear(width, (2, hidden), **options)
+    else:
+      self.up = Linear(width, hidden, **options)
+    self.down = Linear(hidden, width, **options)
+    self.mlp = config.mlp
     self.streams = config.streams
     self.modulation = Linear(
         width, 6 * width * max(1, len(config.streams)), bias=True, std=0,
@@ -123,8 +143,13 @@ class Block(nnx.Module):
     y = modulate(self.attention_norm(x), shift_a, scale_a)
     y, cache = self.attention(y, **attention)
     x = constrain(x + gate_a * dropout(y, self.dropout, keys[0]), 'b n c')
-    gate, up = jnp.moveaxis(self.gate_up(modulate(self.mlp_norm(x), shift_m, scale_m)), -2, 0)
-    y = self.down(jax.nn.silu(gate) * up)
+    y = modulate(self.mlp_norm(x), shift_m, scale_m)
+    if self.mlp == 'swiglu':
+      gate, up = jnp.moveaxis(self.gate_up(y), -2, 0)
+      y = jax.nn.silu(gate) * up
+    else:
+      y = ACTIVATIONS[self.mlp](self.up(y))
+    y = self.down(y)
     return constrain(x + gate_m * dropout(y, self.dropout, keys[1]), 'b n c'), cache
 
   def _spread(self, y: Float[Array, 'b 1 m']) -> Float[Array, 'b n c6']:
@@ -276,7 +301,9 @@ class Transformer(nnx.Module):
 
 
 def norm(config: TransformerConfig, width: int, gain: bool = True) -> RMSNorm | LayerNorm:
-  return LayerNorm() if config.norm == 'layer' else RMSNorm(width, gain=gain)
+  if config.norm == 'rms':
+    return RMSNorm(width, gain=gain)
+  return LayerNorm(width if gain and config.norm == 'affine' else None)
 
 
 def std(config: TransformerConfig, inputs: int, outputs: int) -> float:
@@ -299,7 +326,9 @@ def check(config: TransformerConfig) -> None:
 
 
 def hidden_size(config: TransformerConfig, multiple: int = 32) -> int:
-  """SwiGLU width: as given, or int(2/3 * 4 * width) rounded up to a multiple."""
+  """MLP width: as given, or 4 width, for SwiGLU int(2/3 * 4 * width) rounded up to a multiple."""
+  if config.mlp != 'swiglu':
+    return config.hidden or 4 * config.width
   return config.hidden or multiple * math.ceil(int(2 * 4 * config.width / 3) / multiple)
 
 
