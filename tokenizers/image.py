@@ -28,6 +28,7 @@ class LossWeights:
     codebook: of |q - sg z|^2, for codebooks that follow a gradient.
     commitment: of |sg q - z|^2 (beta; arXiv 1711.00937 has 0.25).
     entropy: of the entropy terms of binary and softmax codes (Open-MAGVIT2 0.1, MaskBit 0.02).
+    code: of mean y (1 - y), the uncertainty of Bernoulli codes (Binary Latent Diffusion: 0).
     entropy_boost, entropy_steps: at step 0 the entropy terms weigh `entropy_boost` times that,
       falling linearly to once at `entropy_steps` (MaskBit and BSQ: 3 over 2,000 steps).
   """
@@ -35,6 +36,7 @@ class LossWeights:
   codebook: float = 1.0
   commitment: float = 0.25
   entropy: float = 0.1
+  code: float = 0.0
   entropy_boost: float = 1.0
   entropy_steps: int = 2000
 
@@ -138,8 +140,9 @@ class ImageTokenizer(Tokenizer):
     return self.features(to_float(x), key=key, train=train)
 
   def encode(self, x: Array, *, keys: Array | None = None) -> Int[Array, 'b n d']:
-    del keys  # nothing is drawn
-    return self.quantizer(self.latents(x)).tokens
+    """Tokens of images; `keys`, one per example, where the quantizer is `stochastic`."""
+    keys = keys if self.quantizer.stochastic else None  # else nothing is drawn
+    return self.quantizer(self.latents(x), key=keys).tokens
 
   def lookup(self, tokens: Int[Array, 'b n d'], *, keep: Int[Array, 'b'] | None = None
              ) -> Float[Array, 'b n f']:

@@ -70,6 +70,7 @@ class Quantizer(nnx.Module):
     vocab: one alphabet size per code; `D = len(vocab)`.
     factors: mixed radix of every code, or ().
     order, budgets: what a prefix of the codes means, as in `TokenSpec`.
+    stochastic: evaluation draws too, from `key` or, where that is an array, a key per example.
   """
 
   dim: int
@@ -77,6 +78,7 @@ class Quantizer(nnx.Module):
   factors: tuple[int, ...] = ()
   order: str = 'raster'
   budgets: tuple[int, ...] = ()
+  stochastic: bool = False
 
   def __call__(self, z: Float[Array, 'b n c'], *, key: Array | None = None,
                train: bool = False) -> Quantized:
