@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from smalti.tokenizers import nested
-from smalti.tokenizers.projected import ProjectedConfig
+from smalti.tokenizers.projected import Projected
 from smalti.tokenizers.quantizer import (
   Quantized,
   Quantizer,
@@ -42,12 +42,12 @@ class ResidualConfig(QuantizerConfig):
     quantizer: any quantizer of raster order, without a projection of its own.
     levels: codes per position (Encodec 8 at 6 kbit/s, RQ-VAE 4).
     shared: one codebook for all levels (RQ-VAE, 16,384 codes).
-    dropout: fraction of the training examples that keep only some levels; 0 is off. Descript's codec
-      takes 0.5 (arXiv 2306.06546), SoundStream every example. Needed for decoding prefixes.
+    dropout: fraction of the training examples that keep only some levels; 0 is off. SoundStream
+      takes every example, Descript's codec half of them (arXiv 2306.06546). Prefixes need it.
     schedule: law of how many levels these keep, see `nested.draw_budget`.
     least: levels that are always kept.
-    beam: partial sums that evaluation carries from level to level instead of the nearest alone; 1 is
-      greedy. 2 to 4 lower the error for `beam` times the work. Training is always greedy.
+    beam: partial sums that evaluation carries from level to level, instead of the nearest alone; 1
+      is greedy, 2 to 4 lower the error for `beam` times the work. Training is always greedy.
   """
   quantizer: QuantizerConfig
   levels: int = 8
@@ -64,11 +64,11 @@ class ResidualConfig(QuantizerConfig):
 class Residual(Quantizer):
   """q = q_0 + .. + q_{L-1}, q_i = Q_i(z - sg(q_0 + .. + q_{i-1})), straight-through on the sum.
 
-  Losses are means over levels; a level that dropout takes from an example counts as zero for it, and
-  leaves no statistics. `commitment` is thereby also RQ-VAE's cumulative one, mean over i of
+  Losses are means over levels; a level that dropout takes from an example counts as zero for it,
+  and leaves no statistics. `commitment` is also RQ-VAE's cumulative one, the mean over i of
   |z - sg(q_0 + .. + q_i)|^2: with these residuals the two are the same number and gradient.
-  A quantizer with `bound` and `step` (FSQ) is bounded once, before level 0, and level i is scaled by
-  step ** i, the range of the rounding errors before it.
+  A quantizer with `bound` and `step` (FSQ) is bounded once, before level 0, and level i is scaled
+  by step ** i, the range of the rounding errors before it.
   """
 
   order = 'depth'
@@ -78,9 +78,6 @@ class Residual(Quantizer):
       raise ValueError(f'levels={config.levels} and beam={config.beam} must be 1 or more.')
     if not 0 <= config.dropout <= 1:
       raise ValueError(f'dropout={config.dropout} is a fraction of the examples, in [0, 1].')
-    if isinstance(config.quantizer, ProjectedConfig):
-      raise ValueError('A projection inside levels gets no gradient from the image; put it outside: '
-                       'ProjectedConfig(quantizer=ResidualConfig(...)).')
     budgets = nested.budgets(config.levels, config.schedule, config.least)
     copies: list[Any] = [
         config.quantizer.build(rngs=rngs) for _ in range(1 if config.shared else config.levels)]
@@ -88,7 +85,13 @@ class Residual(Quantizer):
     if q.order != 'raster':
       raise ValueError(f'Levels of order={q.order!r} cannot be nested in depth; use a quantizer of '
                        'raster order.')
-    if config.dropout and 'valid' not in inspect.signature(type(q).__call__).parameters:
+    if any(isinstance(m, Projected) for _, m in nnx.iter_modules(q)):
+      raise ValueError('A projection inside a level gets no gradient from the image; put it '
+                       'outside: ProjectedConfig(quantizer=ResidualConfig(...)).')
+    if any(hasattr(m, 'step') for _, m in nnx.iter_modules(q)) and not hasattr(q, 'step'):
+      raise ValueError(f'{type(q).__name__} hides a bounded quantizer from the levels; write '
+                       'GroupedConfig(quantizer=ResidualConfig(...)).')
+    if config.dropout and not selective(q):
       raise ValueError(f'{type(q).__name__} cannot leave examples out, which dropout='
                        f'{config.dropout} needs; set dropout=0.')
     if config.beam > 1 and not hasattr(q, 'codes'):
@@ -182,8 +185,8 @@ class Residual(Quantizer):
     q = self._level(i).lookup(tokens)
     if not self._bounded():
       return q
-    # The barrier keeps product and sum apart: fused, they would be rounded once in some programs and
-    # twice in others, and decoding would not be the training forward.
+    # The barrier keeps product and sum apart: fused, they would be rounded once in some programs
+    # and twice in others, and decoding would not be the training forward.
     return jax.lax.optimization_barrier(q * self._scale(i))
 
   def _level(self, i: int) -> Any:
@@ -236,6 +239,12 @@ def beam_search(z: Float[Array, 'n c'], tables: list[Float[Array, 'v c']], beam:
     tokens = jnp.concatenate([tokens, code[..., None]], -1)
   best = jnp.argmin(jnp.sum(jnp.square(rest), -1), -1)
   return jnp.take_along_axis(tokens, best[:, None, None], 1)[:, 0]
+
+
+def selective(quantizer: Quantizer) -> bool:
+  """Whether a quantizer, and all within it, can be told which vectors count."""
+  return all('valid' in inspect.signature(type(m).__call__).parameters
+             for _, m in nnx.iter_modules(quantizer) if isinstance(m, Quantizer))
 
 
 def numbered(parts: list[dict[str, Array]], places: Any) -> dict[str, Array]:

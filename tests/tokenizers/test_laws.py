@@ -16,6 +16,7 @@ from smalti.tokenizers import tokenizer as jitted
 from smalti.tokenizers.autoencoder import AutoencoderConfig
 from smalti.tokenizers.bernoulli import Bernoulli, BernoulliConfig
 from smalti.tokenizers.binary import BSQConfig, LFQConfig
+from smalti.tokenizers.grouped import GroupedConfig
 from smalti.tokenizers.ibq import IBQConfig
 from smalti.tokenizers.latent import LatentConfig
 from smalti.tokenizers.projected import ProjectedConfig
@@ -57,7 +58,10 @@ QUANTIZERS = {
     'residual_fsq': Row(ResidualConfig(quantizer=FSQConfig(levels=(8, 5, 3)), levels=2),
                         lambda q, z: q.levels[0].bound(z)),
     'residual_shared': Row(
-        ResidualConfig(quantizer=VQConfig(codes=32, dim=6), levels=2, shared=True)),
+        ResidualConfig(quantizer=VQConfig(codes=32, dim=6, revival=0), levels=2, shared=True)),
+    'product_vq': Row(GroupedConfig(quantizer=VQConfig(codes=32, dim=3, revival=0), groups=2)),
+    'grvq': Row(GroupedConfig(groups=2, quantizer=ResidualConfig(
+        quantizer=VQConfig(codes=32, dim=3, update='gradient', revival=0), levels=2))),
     'projected_vq': Row(
         ProjectedConfig(quantizer=VQConfig(codes=32, dim=3), dim=6),
         lambda q, z: q.expand(q.reduce(z))),
