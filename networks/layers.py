@@ -36,6 +36,11 @@ def constrain(x: Array, axes: str) -> Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+def normal(key: Array, shape: tuple[int, ...]) -> Array:
+  """N(0, 1), drawn flat: the same numbers, and a tenth of the time to compile on a CPU."""
+  return jax.random.normal(key, (math.prod(shape),)).reshape(shape)
+
+
 class Linear(nnx.Module):
   """An affine map over the last axes: kernel [*inputs, *outputs], N(0, std), optional zero bias.
 
@@ -49,8 +54,7 @@ class Linear(nnx.Module):
     inputs = (inputs,) if isinstance(inputs, int) else inputs
     outputs = (outputs,) if isinstance(outputs, int) else outputs
     shape = (*inputs, *outputs)
-    self.kernel = nnx.Param(
-        std * jax.random.normal(rngs.params(), shape) if std else jnp.zeros(shape))
+    self.kernel = nnx.Param(std * normal(rngs.params(), shape) if std else jnp.zeros(shape))
     self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
     self.inputs, self.dtype, self.result = len(inputs), dtype, result or dtype
 
@@ -69,7 +73,7 @@ class Embedding(nnx.Module):
 
   def __init__(self, size: int, width: int, *, std: float = 0.02, dtype: str = 'float32',
                rngs: nnx.Rngs):
-    self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (size, width)))
+    self.embedding = nnx.Param(std * normal(rngs.params(), (size, width)))
     self.dtype = dtype
 
   def __call__(self, ids: Int[Array, '*b']) -> Float[Array, '*b c']:

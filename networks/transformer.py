@@ -30,7 +30,8 @@ from smalti.networks.layers import (
     rotation,
 )
 
-ACTIVATIONS = {'gelu': functools.partial(jax.nn.gelu, approximate=False), 'tanh': jnp.tanh}
+ACTIVATIONS: dict[str, Any] = {
+    'gelu': functools.partial(jax.nn.gelu, approximate=False), 'tanh': jnp.tanh}
 Rotations = tuple[Float[Array, '... p'], Float[Array, '... p']]
 Cache = list[tuple[Float[Array, 'b k t f'], Float[Array, 'b k t f']]]
 

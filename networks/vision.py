@@ -25,6 +25,16 @@ Grid = tuple[int, int]
 Positions = Literal['sincos', 'learned']
 
 
+def plain(layers: int, width: int, heads: int, **options: Any) -> TransformerConfig:
+  """The blocks of published vision transformers: TiTok's, and with options ViT-VQGAN's.
+
+  Layer norms with gain and shift, biases, exact GELU and 4 width hidden units; no QK-norm.
+  """
+  published: dict[str, Any] = dict(
+      axes=0, qk_norm=False, norm='affine', mlp='gelu', bias=True, qkv_bias=True)
+  return TransformerConfig(layers=layers, width=width, heads=heads, **{**published, **options})
+
+
 def patchify(x: Float[Array, 'b h w c'], patch: int) -> Float[Array, 'b n p']:
   """patch x patch pixels to a vector, row-major within and over patches."""
   y = space_to_depth(x, patch)
@@ -55,7 +65,7 @@ class GridPositions(nnx.Module):
   def __init__(self, grid: Grid, width: int, *, kind: Positions = 'sincos', rngs: nnx.Rngs):
     if kind == 'sincos' and width % 4:
       raise ValueError(f'{width=} must be a multiple of 4, for sines and cosines of two axes.')
-    self.grid, self.width = tuple(grid), width
+    self.grid, self.width = (grid[0], grid[1]), width  # not a list, which has no hash
     self.table = None if kind == 'sincos' else Embedding(
         math.prod(grid), width, std=width ** -0.5, rngs=rngs)
 
