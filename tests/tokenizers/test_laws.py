@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from smalti.networks.vision import plain
 from smalti.tokenizers import tokenizer as jitted
 from smalti.tokenizers.autoencoder import AutoencoderConfig
 from smalti.tokenizers.bernoulli import Bernoulli, BernoulliConfig
@@ -23,12 +24,14 @@ from smalti.tokenizers.projected import ProjectedConfig
 from smalti.tokenizers.quantizer import Statistics, absorb, combine
 from smalti.tokenizers.residual import ResidualConfig
 from smalti.tokenizers.scalar import FSQConfig
+from smalti.tokenizers.registers import RegisterTokenizerConfig
 from smalti.tokenizers.simvq import SimVQConfig
 from smalti.tokenizers.spec import TokenSpec
 from smalti.tokenizers.styled import StyledTokenizerConfig
 from smalti.tokenizers.vq import VQConfig, normalize
 
 
+from smalti.tokenizers.vision import VisionTokenizerConfig
 @dataclasses.dataclass
 class Row:
   """A quantizer and what the laws must know about it.
@@ -105,6 +108,8 @@ def prepared(name):
   def build(keys):
     q = QUANTIZERS[name].config.build(rngs=nnx.Rngs(keys[0]))
     z = jax.random.normal(keys[1], (8, 16, q.dim))
+VIT = dict(image_size=(12, 8), patch=4, encoder=plain(2, 16, 2, init='xavier'),
+           decoder=plain(2, 16, 2, init='xavier'))
     q.prepare(z, key=keys[2])
     return q, z
 
@@ -117,6 +122,12 @@ def quantizer(name):
   return nnx.merge(graph, jax.tree.map(jnp.copy, state)), z
 
 
+    'vit_vqgan': VisionTokenizerConfig(
+        quantizer=VQConfig(codes=32, dim=6, cosine=True), hidden=12, table=(2, 2), smooth=True,
+        dtype='bfloat16', **VIT),
+    'one_d_piece': RegisterTokenizerConfig(
+        quantizer=ProjectedConfig(quantizer=VQConfig(codes=32, dim=4), dim=16), registers=5,
+        drop='uniform', mask='causal', **VIT),
 def leaves(module):
   return [np.asarray(x) for x in jax.tree.leaves(nnx.state(module))]
 
@@ -376,10 +387,22 @@ def test_loss_has_gradients_everywhere_and_writes_nothing(tokenizer):
   assert aux['statistics'] is None and np.isfinite(value)
 
 
-def test_raster_tokens_have_no_prefix(tokenizer):
+def test_what_lies_beyond_a_prefix_is_ignored(tokenizer):
   t, x = tokenizer
-  with pytest.raises(ValueError, match='no prefixes'):
-    t.decode(jitted.encode(t, x), keep=jnp.full(8, 3))
+  tokens = jitted.encode(t, x)
+  if t.spec.order in ('raster', 'set'):
+    with pytest.raises(ValueError, match='no prefixes'):
+      t.decode(tokens, keep=jnp.full(8, 3))
+    return
+  rng, vocab = np.random.default_rng(0), np.array(t.spec.vocab)
+  keep = rng.integers(1, t.spec.steps, 8).astype(np.int32)
+  other = (tokens + rng.integers(1, vocab, tokens.shape)) % vocab  # another code everywhere
+  mixed = np.where(t.spec.mask(keep), tokens, other).astype(np.int32)
+  prefix = jitted.decode(t, tokens, keep=keep)
+  np.testing.assert_array_equal(prefix, jitted.decode(t, mixed, keep=keep))
+  whole, full = jitted.decode(t, tokens), np.full(8, t.spec.steps, np.int32)
+  np.testing.assert_allclose(jitted.decode(t, tokens, keep=full), whole, atol=1e-5)
+  assert np.abs(prefix - whole).max((1, 2, 3)).min() > 0  # and a prefix is not everything
 
 
 def test_other_images_are_refused(tokenizer):
@@ -393,7 +416,7 @@ def test_other_images_are_refused(tokenizer):
 def test_leaf_names_are_those_of_the_path_rules(tokenizer):
   t, _ = tokenizer
   last = {str(path[-1]) for path, _ in nnx.to_flat_state(nnx.state(t, nnx.Param))}
-  assert last <= {'kernel', 'bias', 'scale', 'codebook'}
+  assert last <= {'kernel', 'bias', 'scale', 'codebook', 'embedding'}
 
 
 def test_portrait_images_of_48_by_32():
