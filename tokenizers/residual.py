@@ -91,6 +91,8 @@ class Residual(Quantizer):
     if any(hasattr(m, 'step') for _, m in nnx.iter_modules(q)) and not hasattr(q, 'step'):
       raise ValueError(f'{type(q).__name__} hides a bounded quantizer from the levels; write '
                        'GroupedConfig(quantizer=ResidualConfig(...)).')
+    if getattr(q, 'noise', None):
+      raise ValueError('Levels are rounded without noise; set noise=None in the quantizer.')
     if config.dropout and not selective(q):
       raise ValueError(f'{type(q).__name__} cannot leave examples out, which dropout='
                        f'{config.dropout} needs; set dropout=0.')
@@ -121,7 +123,7 @@ class Residual(Quantizer):
       parts.append(part)
       total = total + sg(part.vectors)
       vectors = total if keep is None else jnp.where((keep > i)[:, None, None], total, vectors)
-      fractions.append(1.0 if keep is None else mean(active[..., None], valid))
+      fractions.append(1.0 if keep is None else mean(jnp.float32(active)[..., None], valid))
       energies.append(mean(jnp.square(sg(z) - total), valid))
       if part.statistics is not None:
         name = str(i % len(self.levels))

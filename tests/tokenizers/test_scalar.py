@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from smalti.tokenizers.scalar import FSQConfig
+from smalti.tokenizers.residual import ResidualConfig
+from smalti.tokenizers.scalar import FSQConfig, NoiseConfig
 
 
-def build(*levels):
-  return FSQConfig(levels=levels).build(rngs=nnx.Rngs(0))
+def build(*levels, **options):
+  return FSQConfig(levels=levels, **options).build(rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize('z,token', [
@@ -83,6 +84,55 @@ def test_saturation_is_reported():
   q = build(5, 5)
   assert float(q(jnp.full((1, 4, 2), 10.0)).metrics['saturation']) == 1
   assert float(q(jnp.zeros((1, 4, 2))).metrics['saturation']) == 0
+
+
+def test_symmetric_levels_follow_the_published_formula():
+  """2 / (L - 1) floor((L - 1) (tanh z + 1) / 2 + 1/2) - 1, from -1 to 1 for every count."""
+  levels = np.array((2, 3, 4, 8))
+  q = build(2, 3, 4, 8, symmetric=True)
+  z = np.linspace(-4, 4, 801)[:, None] * np.ones(4)
+  z[::100] = 0
+  want = 2 / (levels - 1) * np.floor((levels - 1) * (np.tanh(z) + 1) / 2 + 0.5) - 1
+  out = q(jnp.float32(z[None]))
+  np.testing.assert_allclose(out.vectors[0], want, atol=1e-6)
+  assert [len(np.unique(c)) for c in np.asarray(out.vectors[0]).T] == [2, 3, 4, 8]
+  np.testing.assert_array_equal(out.vectors.max((0, 1)), np.ones(4))
+  tokens = jnp.arange(192, dtype=jnp.int32)[None, :, None]
+  np.testing.assert_array_equal(q.round(q.lookup(tokens)).tokens, tokens)
+
+
+def test_noise_is_added_when_the_tokens_are_known():
+  """Peers derive tokens from the noisy vectors. Rates are of examples, and of their codes."""
+  noise = NoiseConfig(drop=0.3, corrupt=0.4, gate=0.5)
+  q, clean = build(8, 5, 5, 5, noise=noise), build(8, 5, 5, 5)
+  z = jax.random.normal(jax.random.key(0), (1000, 16, 4))
+  run = jax.jit(lambda q, z, train: q(z, key=jax.random.key(1), train=train), static_argnums=2)
+  out, want = run(q, z, True), run(clean, z, True)
+  np.testing.assert_array_equal(out.tokens, want.tokens)
+  assert out.metrics.keys() == want.metrics.keys()
+  np.testing.assert_array_equal(run(q, z, False).vectors, want.vectors)
+  differ = np.any(np.asarray(out.vectors != want.vectors), -1)
+  unrounded = np.all(np.isclose(out.vectors, clean.bound(z), atol=1e-6), -1)
+  passed = np.mean(unrounded, 1) > 0.3
+  corrupted = differ & ~unrounded
+  assert abs(passed.mean() - 0.3) < 0.06 and abs(corrupted.any(1).mean() - 0.5) < 0.06
+  assert abs(corrupted[corrupted.any(1)].mean() - 0.4) < 0.03
+  # what replaced them are codes, and no gradient reaches the encoder through them
+  np.testing.assert_array_equal(
+      q.round(out.vectors).vectors[corrupted], out.vectors[corrupted])
+  reached = jax.jit(jax.grad(
+      lambda z: jnp.sum(q(z, key=jax.random.key(1), train=True).vectors)))(z)
+  np.testing.assert_array_equal(np.all(np.asarray(reached) == 0, -1)[differ], corrupted[differ])
+  with pytest.raises(ValueError, match='pass a key'):
+    q(z, train=True)
+
+
+def test_noise_has_no_place_in_residual_levels():
+  config = FSQConfig(levels=(5, 5), noise=NoiseConfig(drop=0.1))
+  with pytest.raises(ValueError, match='noise'):
+    ResidualConfig(quantizer=config, levels=2).build(rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match='probabilities'):
+    NoiseConfig(gate=1.5)
 
 
 @pytest.mark.parametrize('levels,message', [
