@@ -26,6 +26,7 @@ from smalti.launch import (
   step as steps,
 )
 from smalti.launch.checkpoint import Checkpoints
+from smalti.launch.collapse import Monitor
 from smalti.launch.exits import NonFinite, Preempted
 from smalti.launch.experiment import Experiment
 from smalti.launch.progress import Progress, say
@@ -91,6 +92,8 @@ class Job:
         workdir, wandb=experiment.log.wandb, project=experiment.log.project,
         config=redact(to_json(experiment)), resume_step=self.start)
     self.step: Any = None  # until `compile`
+    self.monitor = _monitor(self.structure.merge(self.state['params'], self.state['buffers']),
+                            experiment.batch_size // experiment.accumulate)
     self._evaluate = jax.jit(functools.partial(steps.eval_step, structure=self.structure))
 
   def _state(self, init_from: str | None) -> dict:
@@ -226,6 +229,14 @@ class Job:
     }
     self.checkpoints.save(int(self.state['step']), self.state, item, metrics)
 
+  def look(self, step: int, metrics: dict) -> None:
+    """Stops the run after a step that was not finite; says it when the codes collapse."""
+    watched = {k: v for k, v in metrics.items() if k == 'finite' or k in self.monitor.limits}
+    watched = jax.device_get(watched)
+    check(step, watched, self.names)
+    for alarm in self.monitor.see(watched):
+      say(f'collapse, step {step}: {alarm}')
+
   def close(self) -> None:
     self.checkpoints.close()
     if hasattr(self, 'tracker'):
@@ -248,7 +259,7 @@ def loop(job: Job, preemption: Preemption) -> dict[str, float]:
       waited += time.perf_counter() - before
       job.state, metrics = job.step(job.state, batch)
       if pending is not None:
-        check(step - 1, pending, job.names)
+        job.look(step - 1, pending)
       pending = metrics
       job.checkpoints.check()  # an asynchronous save that failed stops the run at once
       progress.advance()
@@ -256,9 +267,10 @@ def loop(job: Job, preemption: Preemption) -> dict[str, float]:
       last = step == experiment.steps or stop
       save = last or step % experiment.checkpoint.every == 0
       if last or save or step % experiment.log.every == 0 or step == job.start + 1:
-        check(step, metrics, job.names)
+        job.look(step, metrics)
         pending = None
         values = {k: float(v) for k, v in jax.device_get(metrics).items() if k != 'finite'}
+        values['alarms'] = float(len(job.monitor.raised))
         now = time.perf_counter()
         each = (now - clock) / (step - logged)
         timing = {
@@ -352,6 +364,14 @@ def _tokenizer(experiment: Experiment, mesh: jax.sharding.Mesh) -> runs.Loaded |
   structure = states.Structure.of(loaded.model)
   leaves = jax.device_put(jax.device_get(structure.split(loaded.model)), meshes.replicated(mesh))
   return dataclasses.replace(loaded, model=structure.merge(*leaves))
+
+
+def _monitor(model: Any, rows: int) -> Monitor:
+  """Of a tokenizer's codes; generators and classifiers have none."""
+  quantizer = getattr(model, 'quantizer', None)
+  if quantizer is None:
+    return Monitor((), 1)
+  return Monitor(quantizer.vocab, rows * model.spec.length)
 
 
 def _check_tokens(source: Any, tokenizer: runs.Loaded | None) -> None:

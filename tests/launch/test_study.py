@@ -1,0 +1,123 @@
+"""Studies: rows that are trained once, recorded, completed later, and summarised over seeds."""
+
+import dataclasses
+import json
+
+import pytest
+
+from smalti.configs import digits_fsq
+from smalti.launch import cli, provenance, study
+from smalti.launch.study import Study, definition, execute, summarize
+from smalti.tokenizers.scalar import FSQConfig
+
+CONFIG = '''
+import dataclasses
+from smalti.configs import digits_fsq
+SIZES = {'debug': None}
+def get_sweep(size='debug'):
+  row = digits_fsq.get_config(size)
+  return {'fsq': row, 'fsq/1': dataclasses.replace(row, seed=1),
+          'wide': dataclasses.replace(row, batch_size=32)}
+'''
+
+
+@pytest.fixture
+def config(tmp_path):
+  path = tmp_path / 'rows.py'
+  path.write_text(CONFIG)
+  return str(path)
+
+
+@pytest.fixture
+def scored(monkeypatch):
+  """Rows are not trained: each is worth ten times its seed, and one more."""
+  run = []
+
+  def fake(self, row, judge):
+    experiment = self.rows[row]
+    run.append(row)
+    if experiment.batch_size == 999:
+      raise ValueError('broken')
+    provenance.record(self.path(row), 'x', {
+        'row': row.partition('/')[0], 'seed': experiment.seed, 'bits': 32.0,
+        'psnr': 1 + 10. * experiment.seed, 'rfd_net_0': 2.0}, definition=definition(experiment))
+
+  monkeypatch.setattr(Study, 'run', fake)
+  monkeypatch.setattr(study, 'open_judge', lambda *_, **__: None)
+  return run
+
+
+def plan(tmp_path, **changes):
+  rows = cli.load_sweep(str(tmp_path / 'rows.py'))
+  return Study('rows', {**rows, **changes}, tmp_path / 'out', tmp_path / 'results')
+
+
+def test_a_row_is_run_once_and_again_when_it_means_something_else(tmp_path, config, scored):
+  first = plan(tmp_path)
+  assert execute(first, list(first.rows)) == 0 and scored == ['fsq', 'fsq/1', 'wide']
+  assert execute(first, list(first.rows)) == 0 and len(scored) == 3
+  longer = dataclasses.replace(first.rows['wide'], steps=3)
+  execute(plan(tmp_path, wide=longer), ['wide'])
+  assert scored[3:] == ['wide']
+
+
+def test_tables_have_means_over_seeds_and_rows_that_were_not_run(tmp_path, config, scored):
+  asked = plan(tmp_path)
+  execute(asked, ['fsq', 'fsq/1'])
+  rows = json.loads((tmp_path / 'results.json').read_text())['results']
+  assert rows['fsq']['psnr'] == {'mean': 6.0, 'deviation': 50 ** 0.5, 'text': '6.000 ± 7.071'}
+  assert rows['fsq']['rfd']['name'] == 'rfd_net_0' and rows['fsq']['seeds'] == 2
+  assert rows['wide'] == {'seeds': 0, 'planned': 1, 'state': 'not run'}
+
+
+def test_a_row_that_fails_leaves_the_others(tmp_path, config, scored):
+  asked = plan(tmp_path)
+  asked.rows['fsq'].batch_size = 999
+  assert execute(asked, list(asked.rows)) == 1 and scored == ['fsq', 'fsq/1', 'wide']
+  assert 'broken' in (tmp_path / 'out' / 'errors' / 'fsq.txt').read_text()
+  rows = summarize(asked)
+  assert rows['fsq']['seeds'] == 1 and rows['fsq']['planned'] == 2 and rows['wide']['seeds'] == 1
+
+
+def test_workers_share_the_rows(tmp_path, config, scored):
+  asked = plan(tmp_path)
+  for worker in (1, 0):
+    execute(asked, list(asked.rows), worker=worker, workers=2)
+  assert scored == ['fsq/1', 'fsq', 'wide']
+
+
+def test_definitions_are_of_what_differs_from_the_defaults():
+  @dataclasses.dataclass(kw_only=True)
+  class FSQConfigLater(FSQConfig):
+    added: int = 0
+
+  FSQConfigLater.__name__ = 'FSQConfig'
+  row = digits_fsq.get_config('debug')
+  same, other = (dataclasses.replace(row, model=dataclasses.replace(
+      row.model, quantizer=FSQConfigLater(levels=row.model.quantizer.levels, added=added)))
+      for added in (0, 1))
+  assert definition(same) == definition(row) != definition(other)
+
+
+def test_mistakes_are_one_line(tmp_path, config, capsys):
+  assert cli.main(['sweep', f'--config={config}', '--rows=no']) == 2
+  assert 'no are not in' in capsys.readouterr().err
+  assert cli.main(['sweep', '--config=digits_fsq']) == 2
+  assert 'has no get_sweep(size)' in capsys.readouterr().err
+  assert cli.main(['sweep', f'--config={config}', '--config.steps=3']) == 2
+  assert 'no place in a sweep' in capsys.readouterr().err
+  assert cli.main(['sweep', f'--config={config}', '--workdir=runs/x']) == 2
+  assert 'not both' in capsys.readouterr().err
+  assert cli.main(['sweep', f'--config={config}', '--dry_run', f'--out={tmp_path}']) == 0
+  assert 'to do' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_rows_are_trained_scored_and_gone_on_with(tmp_path, config):
+  out = tmp_path / 'out'
+  assert cli.main(['sweep', f'--config={config}', f'--out={out}', '--rows=fsq']) == 0
+  found = json.loads((out / 'results' / 'fsq.json').read_text())
+  assert {'psnr', 'ssim_w7', 'usage', 'perplexity', 'bits'} <= set(found['results'])
+  assert found['experiment']['steps'] == 2 and len(found['definition']) == 12
+  rows = json.loads((out / 'results.json').read_text())['results']
+  assert rows['wide']['state'] == 'not run' and rows['mean image']['state'] == 'baseline'
