@@ -20,7 +20,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from smalti.tokenizers.search import HIGHEST, chunk_rows, chunked
 
@@ -43,17 +43,19 @@ class EntropyConfig:
     if self.temperature <= 0:
       raise ValueError(f'temperature={self.temperature} must be positive; 0.01 is usual.')
 
-  def loss(self, z: Float[Array, '*b c'], codes: Float[Array, 'v c'], logits: Logits
-           ) -> tuple[Float[Array, ''], dict[str, Array]]:
+  def loss(self, z: Float[Array, '*b c'], codes: Float[Array, 'v c'], logits: Logits,
+           valid: Bool[Array, '*b'] | None = None) -> tuple[Float[Array, ''], dict[str, Array]]:
     """The unweighted term, and both entropies to log."""
-    sample, average = entropy_terms(z, codes, logits=logits, temperature=self.temperature)
+    sample, average = entropy_terms(
+        z, codes, logits=logits, temperature=self.temperature, valid=valid)
     return self.sample * sample - self.average * average, {
         'sample_entropy': sample, 'average_entropy': average}
 
 
 def entropy_terms(z: Float[Array, '*b c'], codes: Float[Array, 'v c'], *,
                   logits: Logits = 'distance', temperature: float = 0.01,
-                  rows: int | None = None) -> tuple[Float[Array, ''], Float[Array, '']]:
+                  valid: Bool[Array, '*b'] | None = None, rows: int | None = None
+                  ) -> tuple[Float[Array, ''], Float[Array, '']]:
   """(sample, average) of softmax(logits / temperature) over a codebook, exactly.
 
   Args:
@@ -62,6 +64,7 @@ def entropy_terms(z: Float[Array, '*b c'], codes: Float[Array, 'v c'], *,
     logits: 'distance' is -|z - e|^2 (MaskGIT, MAGVIT, LlamaGen), 'product' is z . e (IBQ); the
       2 z . e of LFQ is 'product' at half the temperature.
     temperature: tau; 0.01 in all of these.
+    valid: the vectors that count; None is all of them.
     rows: vectors per chunk; None takes `search.chunk_rows`.
   """
   z, codes = z.astype(jnp.float32).reshape(-1, z.shape[-1]), codes.astype(jnp.float32)
@@ -74,8 +77,10 @@ def entropy_terms(z: Float[Array, '*b c'], codes: Float[Array, 'v c'], *,
     p = jnp.exp(log_p) * real[:, None]
     return -jnp.sum(p * log_p), jnp.sum(p, 0)
 
-  sample, p = _over_rows(sums, z, rows or chunk_rows(z.shape[0], codes.shape[0]))
-  return sample / z.shape[0], _entropy(p / z.shape[0])
+  real = jnp.ones(z.shape[0]) if valid is None else valid.reshape(-1).astype(jnp.float32)
+  sample, p = _over_rows(sums, z, rows or chunk_rows(z.shape[0], codes.shape[0]), real)
+  count = jnp.maximum(jnp.sum(real), 1)
+  return sample / count, _entropy(p / count)
 
 
 def bit_entropy_terms(log_odds: Float[Array, '*b n'], *, group: int = 1, rows: int | None = None
@@ -103,7 +108,8 @@ def bit_entropy_terms(log_odds: Float[Array, '*b n'], *, group: int = 1, rows: i
     parts = jnp.matmul(s.reshape(-1, n // group, group), half.T, precision=HIGHEST)
     return sample, jnp.einsum('ngk,n->gk', jax.nn.softmax(parts), real, precision=HIGHEST)
 
-  sample, p = _over_rows(sums, s, rows or chunk_rows(s.shape[0], n // group * 2**group))
+  sample, p = _over_rows(
+      sums, s, rows or chunk_rows(s.shape[0], n // group * 2**group), jnp.ones(s.shape[0]))
   return sample / s.shape[0], _entropy(p / s.shape[0])
 
 
@@ -115,13 +121,13 @@ def check_group(bits: int, group: int) -> None:
                      f'{GROUP}, such as {fitting}.')
 
 
-def _over_rows(sums: Callable[[Array, Array], Any], x: Float[Array, 'n c'], rows: int) -> Any:
-  """`sums(x, ones)`, a chunk of rows at a time; the backward pass computes chunks again.
+def _over_rows(sums: Callable[[Array, Array], Any], x: Float[Array, 'n c'], rows: int,
+               real: Float[Array, 'n']) -> Any:
+  """`sums(x, real)`, a chunk of rows at a time; the backward pass computes chunks again.
 
   `sums` weighs each row by its second argument, which is 0 for padding. Additions stay outside
   what is recomputed: they need no operands in the backward pass, so no running sum is kept.
   """
-  real = jnp.ones(x.shape[0])
   if rows >= x.shape[0]:
     return sums(x, real)
   again = jax.checkpoint(sums)

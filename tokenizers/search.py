@@ -104,6 +104,16 @@ def _first(found: Bool[Array, 'r n']) -> Int[Array, 'r']:
   return jnp.min(jnp.where(found, jnp.arange(last + 1, dtype=jnp.int32), last), -1)
 
 
+def neighbours(z: Float[Array, '*b c'], codes: Float[Array, 'v c'], count: int
+               ) -> Int[Array, '*b d']:
+  """The `count` codes nearest to every vector, nearest first, the lowest index among equals."""
+  z, codes = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (z, codes))
+  flat = z.reshape(-1, z.shape[-1])
+  find = lambda z: jax.lax.top_k(distance_scores(z, codes), count)[1]  # noqa: E731
+  found = jax.lax.map(find, chunked(flat, chunk_rows(flat.shape[0], codes.shape[0])))
+  return unchunked(found, flat.shape[0]).reshape(*z.shape[:-1], count)
+
+
 def distance_scores(z: Float[Array, '*b c'], codes: Float[Array, 'v c']) -> Float[Array, '*b v']:
   """-|z - e|^2 up to a constant per vector, all N x K of them; differentiable."""
   products = jnp.matmul(z, codes.T, precision=HIGHEST)

@@ -14,6 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from smalti.tokenizers.assignment import AssignmentConfig
+from smalti.tokenizers.clustering import ClusteringConfig
+from smalti.tokenizers.entropy import EntropyConfig
+from smalti.tokenizers.perturbation import PerturbationConfig
 from smalti.tokenizers.quantizer import (
   Buffer,
   Quantized,
@@ -23,6 +27,7 @@ from smalti.tokenizers.quantizer import (
   sg,
   straight_through,
 )
+from smalti.tokenizers.rotation import rotate
 from smalti.tokenizers.search import distance_scores, nearest
 from smalti.tokenizers.statistics import (
   diversity,
@@ -50,6 +55,12 @@ class VQConfig(QuantizerConfig):
     cosine: compares directions; vectors and codes are l2-normalised (ViT-VQGAN, arXiv 2110.04627).
     revival: codes used less than this fraction of the average move to a vector of the batch; 0 is
       off. Relative, because absolute thresholds change meaning with the batch size.
+    estimator: the gradient of a vector is that of its code as it is, 'straight', or turned and
+      scaled as the vector was, 'rotation' (`rotation.rotate`).
+    entropy: a term for sure assignments and even use, with logits -|z - e|^2 (MaskGIT).
+    clustering: re-initialisation of little used codes of a 'gradient' codebook, instead of revival.
+    assignment: how vectors choose codes in training, `SinkhornConfig` or `StochasticConfig`.
+    perturbation: replaces tokens in training, after the losses (RobustTok).
   """
   codes: int = 1024
   dim: int = 32
@@ -60,6 +71,11 @@ class VQConfig(QuantizerConfig):
   iterations: int = 10
   cosine: bool = False
   revival: float = 0.03
+  estimator: Literal['straight', 'rotation'] = 'straight'
+  entropy: EntropyConfig | None = None
+  clustering: ClusteringConfig | None = None
+  assignment: AssignmentConfig | None = None
+  perturbation: PerturbationConfig | None = None
 
   def build(self, *, rngs: nnx.Rngs) -> 'VQ':
     return VQ(self, rngs=rngs)
@@ -70,7 +86,8 @@ class VQ(Quantizer):
 
   Losses: `commitment` = mean |sg q - z|^2, and `codebook` = mean |q - sg z|^2 for 'gradient'.
   State: the rows e (`codebook`: a parameter for 'gradient', a buffer for 'ema'), the moving count n
-  of their uses, and for 'ema' the moving sum m of their vectors.
+  of their uses, for 'ema' the moving sum m of their vectors, and for an assignment that is annealed
+  the steps so far, `age`.
 
   On Adam's moments when `absorb` revives a row of a 'gradient' codebook: it replaces the row after
   the optimizer's update and leaves the moments alone. A row is dead only log(revival) / log(decay)
@@ -87,10 +104,17 @@ class VQ(Quantizer):
       raise ValueError(f'decay={config.decay} must be in [0, 1); 0.99 is usual, 0.8 for tiny runs.')
     if not 0 <= config.revival < 1:
       raise ValueError(f'revival={config.revival} is a fraction of the average use, in [0, 1).')
+    if config.clustering and (config.update == 'ema' or config.revival):
+      raise ValueError('clustering= moves codes by itself: it needs update=gradient and revival=0.')
+    if config.estimator == 'rotation' and config.dim == 1:
+      raise ValueError("estimator=rotation needs dim=2 or more: numbers only turn by their sign; "
+                       "use 'straight'.")
     self.dim, self.vocab = config.dim, (config.codes,)
     self.update, self.decay, self.epsilon = config.update, config.decay, config.epsilon
     self.init, self.iterations = config.init, config.iterations
-    self.cosine, self.revival = config.cosine, config.revival
+    self.cosine, self.revival, self.estimator = config.cosine, config.revival, config.estimator
+    self.entropy, self.clustering = config.entropy, config.clustering
+    self.assignment, self.perturbation = config.assignment, config.perturbation
     size = config.codes * config.dim
     if config.init == 'normal':
       codes = jax.random.normal(rngs.params(), (size,))
@@ -98,31 +122,51 @@ class VQ(Quantizer):
       codes = jax.random.uniform(rngs.params(), (size,), minval=-1, maxval=1) / config.codes
     codes = codes.reshape(config.codes, config.dim)  # see `kernel_init` on drawing flat
     self.codebook = nnx.Param(codes) if config.update == 'gradient' else Buffer(codes)
-    self.count = Buffer(jnp.ones(config.codes))
+    # clustering moves what was not used from the first step on
+    self.count = Buffer(jnp.full(config.codes, 0.0 if config.clustering else 1.0))
     if config.update == 'ema':
       self.total = Buffer(codes + 0)  # a buffer of its own: donated arrays must not be shared
+    if config.assignment and config.assignment.steps:
+      self.age = Buffer(jnp.zeros(()))
 
   def __call__(self, z: Float[Array, 'b n c'], *, key: Array | None = None, train: bool = False,
                valid: Bool[Array, 'b n'] | None = None) -> Quantized:
     z = self._metric(z.astype(jnp.float32))
-    codes = self.codes()
-    tokens = nearest(z, codes)
-    q = jnp.take(codes, tokens, axis=0)
+    codes, rows = self.codes(), sg(z).reshape(-1, self.dim)
+    some = None if valid is None else valid.reshape(-1)
+    if train and key is None and (self.revival or self.assignment or self.perturbation):
+      raise ValueError('key=None: revival and other draws of training need one; pass a key, or '
+                       'build with revival=0.')
+    choose = disturb = key
+    if train and (self.assignment or self.perturbation):
+      key, choose, disturb = jax.random.split(key, 3)
+    tokens, metrics = nearest(rows, codes), {}
+    if train and self.assignment:
+      age = self.age[...] if self.assignment.steps else 0.0
+      tokens, metrics = self.assignment.mix(
+          rows, sg(codes), tokens, age=age, key=choose, valid=some)
+    q = jnp.take(codes, tokens, axis=0).reshape(z.shape)
     losses = {'commitment': mean(jnp.square(sg(q) - z), valid)}
     if self.update == 'gradient':  # before straight-through cuts it off
       losses['codebook'] = mean(jnp.square(q - sg(z)), valid)
-    rows, flat, some = sg(z).reshape(-1, self.dim), tokens.reshape(-1), None
-    if valid is not None:
-      some = valid.reshape(-1)
-      flat = jnp.where(some, flat, self.vocab[0])  # past the last code: not counted
-    statistics = self._statistics(rows, flat, key, some) if train else None
-    count = statistics.count if train else segment_count(flat, *self.vocab)
-    metrics = {
+    if self.entropy:
+      losses['entropy'], entropies = self.entropy.loss(z, codes, 'distance', valid)
+      metrics |= entropies
+    # past the last code: not counted
+    counted = tokens if some is None else jnp.where(some, tokens, self.vocab[0])
+    statistics = self._statistics(rows, counted, key, some) if train else None
+    count = statistics.count if train else segment_count(counted, *self.vocab)
+    metrics |= {
         **diversity(count),
         **fit(rows, sg(q).reshape(rows.shape), sg(codes), some),
         'dead': jnp.sum(self._dead(self.count[...])).astype(jnp.float32),
     }
-    return Quantized(straight_through(z, q), tokens[..., None], losses, metrics, statistics)
+    tokens = tokens.reshape(z.shape[:-1])
+    if train and self.perturbation:
+      tokens = self.perturbation.disturb(tokens, z, codes, disturb)
+      q = jnp.take(codes, tokens, axis=0)
+    estimate = rotate if self.estimator == 'rotation' else straight_through
+    return Quantized(estimate(z, q), tokens[..., None], losses, metrics, statistics)
 
   def lookup(self, tokens: Int[Array, 'b n 1']) -> Float[Array, 'b n c']:
     """The codes of `tokens`, normalised for cosine: what the decoder was trained on."""
@@ -143,7 +187,7 @@ class VQ(Quantizer):
     n <- g n + (1 - g) c and m <- g m + (1 - g) s, then e = m / n~ with the smoothed
     n~ = (n + eps) / (sum n + K eps) sum n. A dead code k, n_k < revival * mean(n), becomes
     e_k = v_k, m_k = v_k n0, n_k = n0 with v_k the spare row and n0 = max(1, twice the threshold),
-    so that it outlives the next steps even unused.
+    so that it outlives the next steps even unused. Clustering moves codes by its own rule instead.
     """
     g, seen = self.decay, jnp.sum(statistics.count) > 0
     count = g * self.count[...] + (1 - g) * statistics.count
@@ -156,8 +200,13 @@ class VQ(Quantizer):
       total = jnp.where(dead[:, None], statistics.spare * fresh, total)
       self.total[...] = jnp.where(seen, total, self.total[...])
     codes = jnp.where(dead[:, None], statistics.spare, codes)
+    if self.clustering:
+      use = count / jnp.maximum(jnp.sum(statistics.count), 1)
+      codes = self.clustering.pull(codes, use, g, statistics.spare)
     self.codebook[...] = jnp.where(seen, codes, self.codebook[...])
     self.count[...] = jnp.where(seen, jnp.where(dead, fresh, count), self.count[...])
+    if self.assignment and self.assignment.steps:
+      self.age[...] += seen
 
   def prepare(self, z: Float[Array, 'b n c'], *, key: Array) -> None:
     """Rows of the first batch, or their k-means centres, as the codebook ('data', 'kmeans')."""
@@ -168,7 +217,8 @@ class VQ(Quantizer):
     if self.init == 'kmeans':
       codes = kmeans(rows, codes, self.iterations)
     self.codebook[...] = codes
-    self.count[...] = jnp.full(self.vocab, rows.shape[0] / self.vocab[0], jnp.float32)
+    if not self.clustering:
+      self.count[...] = jnp.full(self.vocab, rows.shape[0] / self.vocab[0], jnp.float32)
     if self.update == 'ema':
       self.total[...] = codes * self.count[...][:, None]
 
@@ -185,9 +235,13 @@ class VQ(Quantizer):
       count, total = segment_sums(z, tokens, codes)
     else:
       count, total = segment_count(tokens, codes), zero
-    if self.revival and key is None:
-      raise ValueError('key=None: revival draws spare rows in training; pass a key, or revival=0.')
-    return Statistics(count, total, spare_rows(z, codes, key, valid) if self.revival else zero)
+    spare = zero
+    if self.clustering:
+      spare = self.clustering.anchors(z, sg(self.codes()), valid)
+    elif self.revival:
+      assert key is not None
+      spare = spare_rows(z, codes, key, valid)
+    return Statistics(count, total, spare)
 
 
 def normalize(x: Float[Array, '*b c']) -> Float[Array, '*b c']:
