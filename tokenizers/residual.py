@@ -157,17 +157,19 @@ class Residual(Quantizer):
   def prepare(self, z: Float[Array, 'b n c'], *, key: Array) -> None:
     """Every level on the residuals that the levels before it, prepared already, leave.
 
-    A shared codebook is prepared for the vectors, and then again for the residuals of all depths.
+    Levels take turns at the odd and the even examples: vectors that have become codes of a level
+    leave nothing for the next. A shared codebook is prepared for the vectors, and then again for
+    the residuals of all depths.
     """
     z, total, seen = self._bound(z), 0.0, []
-    keys = jax.random.split(key, self.depth + 1)
+    keys, turns = jax.random.split(key, self.depth + 1), min(2, z.shape[0])
     for i in range(self.depth):
       seen.append(self._target(i, z, total) / self._scale(i))
       if i < len(self.levels):
-        self._level(i).prepare(seen[i], key=keys[i])
+        self._level(i).prepare(seen[i][i % turns::turns], key=keys[i])
       total = total + self._quantize(i, self._target(i, z, total)).vectors
     if len(self.levels) < self.depth:
-      self._level(0).prepare(jnp.concatenate(seen, 1), key=keys[-1])
+      self._level(0).prepare(jnp.concatenate(seen, 1)[1 % turns::turns], key=keys[-1])
 
   def _target(self, i: int, z: Float[Array, 'b n c'], total: Any) -> Float[Array, 'b n c']:
     """What level i quantizes, given the sum of the levels before it."""
