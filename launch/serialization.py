@@ -21,6 +21,9 @@ from typing import Any, Literal, NamedTuple
 # Folders of ours whose modules JSON may name; `smalti.setup`, say, would run an installer.
 _FOLDERS = ('data', 'evaluation', 'generators', 'launch', 'networks', 'tokenizers')
 
+# Classes by the names they had when some run was stored.
+MOVED = {'smalti.tokenizers.autoencoder:LossWeights': 'smalti.tokenizers.image:LossWeights'}
+
 
 # The modules of --plugin in this command: whatever it opens may name their classes.
 named_plugins: tuple[str, ...] = ()
@@ -208,7 +211,7 @@ def _resolve(name: Any, annotation: Any, path: str, plugins: Sequence[str]) -> t
   """The class a JSON node names, if the annotation and the allowed modules agree."""
   if not isinstance(name, str) or not re.fullmatch(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*', name):
     raise ValueError(f"{_at(path)} must name its class as type 'module:Class', got {name!r}.")
-  module, _, attribute = name.partition(':')
+  module, _, attribute = MOVED.get(name, name).partition(':')
   ours = module.split('.')[0] == 'smalti' and module.split('.')[1:2] in ([f] for f in _FOLDERS)
   if not ours and module not in (*plugins, *named_plugins):
     raise ValueError(
