@@ -21,13 +21,17 @@ from smalti.launch.experiment import (
     Published,
 )
 from smalti.tokenizers.autoencoder import AutoencoderConfig
+from smalti.tokenizers.bernoulli import BernoulliConfig
 from smalti.tokenizers.binary import BSQConfig, LFQConfig
+from smalti.tokenizers.clustering import ClusteringConfig
+from smalti.tokenizers.grouped import GroupedConfig
 from smalti.tokenizers.ibq import IBQConfig
 from smalti.tokenizers.image import LossWeights
 from smalti.tokenizers.quantizer import QuantizerConfig
 from smalti.tokenizers.residual import ResidualConfig
 from smalti.tokenizers.scalar import FSQConfig
 from smalti.tokenizers.simvq import SimVQConfig
+from smalti.tokenizers.sinkhorn import SinkhornConfig
 from smalti.tokenizers.vq import VQConfig
 
 DIM = 32  # of all codes that are vectors
@@ -40,8 +44,20 @@ ROWS: dict[str, tuple[QuantizerConfig, LossWeights]] = {  # the most important f
     'residual': (ResidualConfig(quantizer=VQConfig(codes=32, dim=DIM), levels=2), LossWeights()),
     'bsq': (BSQConfig(bits=10), LossWeights(commitment=0.0, entropy_boost=3.0)),
     'ibq': (IBQConfig(codes=1024, dim=DIM), LossWeights(commitment=1.0, entropy=0.05)),
+    'bernoulli': (BernoulliConfig(bits=10, dim=DIM), LossWeights()),
+    'product': (GroupedConfig(quantizer=VQConfig(codes=32, dim=DIM // 2)), LossWeights()),
     'vq_gradient': (VQConfig(codes=1024, dim=DIM, update='gradient'), LossWeights()),
     'vq_cosine': (VQConfig(codes=1024, dim=8, cosine=True, update='gradient'), LossWeights()),
+    'vq_rotation': (VQConfig(codes=1024, dim=DIM, estimator='rotation'), LossWeights()),
+    'vq_clustering': (
+        VQConfig(codes=1024, dim=DIM, update='gradient', revival=0.0,
+                 clustering=ClusteringConfig()), LossWeights()),
+    'vq_sinkhorn': (
+        VQConfig(codes=1024, dim=DIM, update='gradient', assignment=SinkhornConfig()),
+        LossWeights()),
+    'grvq': (  # 10.3 bits
+        GroupedConfig(quantizer=ResidualConfig(
+            quantizer=VQConfig(codes=6, dim=DIM // 2), levels=2)), LossWeights()),
 }
 REPEATED = ('vq', 'fsq', 'simvq', 'lfq', 'residual')  # which the text compares: three seeds
 SIZES = {
