@@ -28,7 +28,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'down/kernel', ('tensor', 'fsdp')),                                   # [hidden, c]
     (r'head/kernel', ('fsdp', 'tensor')),                                   # [c, v]
     (r'embedding', ('fsdp',)),                                              # [v, c]
-    (r'(codebook|total|count|basis|age)', ()),
+    (r'(codebook|total|count|basis|age|average)', ()),
     (r'kernel', ()),                                                        # convolutions
     (r'(bias|scale)', ()),
 )

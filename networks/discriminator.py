@@ -61,8 +61,8 @@ class PatchDiscriminator(Discriminator):
                dtype: Any, rngs: nnx.Rngs):
     if config.layers < 1 or min(size) < 3 * 2 ** config.layers:
       raise ValueError(
-          f'layers={config.layers} must be 1 or more, and images of {min(size)} pixels a side leave '
-          f'no logit below {3 * 2 ** config.layers}; take fewer layers.')
+          f'layers={config.layers} must be 1 or more, and images of {min(size)} pixels a side '
+          f'leave no logit below {3 * 2 ** config.layers}; take fewer layers.')
     self.dtype = dtype
     widths = [config.width * min(2 ** i, 8) for i in range(config.layers + 1)]
     # all but the first and the last have a norm, whose shift is their bias

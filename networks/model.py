@@ -16,3 +16,7 @@ class ModelConfig:
   `prepare(batch, *, key)`, run once before step 0. Parameters are `nnx.Param`; every other
   `nnx.Variable` is a buffer, which no gradient reaches.
   """
+
+  def released(self) -> 'ModelConfig':
+    """The config of what is used once training is over: without a discriminator, say."""
+    return self

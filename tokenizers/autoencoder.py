@@ -59,7 +59,7 @@ class Autoencoder(ImageTokenizer):
         attention=tuple(i for i, r in enumerate(resolutions) if r in config.attention),
         dropout=config.dropout, dtype=jnp.dtype(config.dtype), rngs=rngs)
     self.encoder, self.decoder = ConvEncoder(**options), ConvDecoder(**options)
-    self.setup(config, q, tuple(s // sides[-1] for s in size))
+    self.setup(config, q, tuple(s // sides[-1] for s in size), rngs=rngs)
 
   def features(self, x: Float[Array, 'b h w c'], *, key: Array | None, train: bool
                ) -> Float[Array, 'b n f']:

@@ -6,14 +6,17 @@ alone, where the weight of an adversary is measured (Esser et al. 2021, arXiv 20
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from smalti.networks.pixels import to_float
-from smalti.tokenizers.quantizer import Quantizer, QuantizerConfig
+from smalti.tokenizers.adversary import Adversary, AdversaryConfig, Round, tied
+from smalti.tokenizers.quantizer import Quantizer, QuantizerConfig, sg
 from smalti.tokenizers.spec import TokenSpec
 from smalti.tokenizers.tokenizer import Tokenizer, TokenizerConfig
 from smalti.tokenizers.vq import VQConfig
@@ -25,6 +28,7 @@ class LossWeights:
 
   Attributes:
     reconstruction: of the mean error per pixel and channel.
+    perceptual: of the mean distance in the features of a frozen network, where there is one.
     codebook: of |q - sg z|^2, for codebooks that follow a gradient.
     commitment: of |sg q - z|^2 (beta; arXiv 1711.00937 has 0.25).
     entropy: of the entropy terms of binary and softmax codes (Open-MAGVIT2 0.1, MaskBit 0.02).
@@ -33,6 +37,7 @@ class LossWeights:
       falling linearly to once at `entropy_steps` (MaskBit and BSQ: 3 over 2,000 steps).
   """
   reconstruction: float = 1.0
+  perceptual: float = 1.0
   codebook: float = 1.0
   commitment: float = 0.25
   entropy: float = 0.1
@@ -69,15 +74,24 @@ class ImageTokenizerConfig(TokenizerConfig):
     channels: of the image.
     quantizer: its vectors have the channels of the encoder's output.
     reconstruction: 'l1' (taming, Open-MAGVIT2) or 'l2' (LlamaGen, MaskGIT, TiTok).
+    perceptual: a distance in the features of a frozen network, which whoever trains puts into the
+      batch as `perceptual`: 'lpips' needs its published weights, 'proxy' is a classifier trained on
+      small images, 'auto' the first of these that there is, or none.
     weights: of the terms of the loss.
+    adversary: a discriminator to play against; not part of the released tokenizer.
     dtype: compute dtype of the network; quantizer, norms and losses are float32.
   """
   image_size: tuple[int, int] = (32, 32)
   channels: int = 3
   quantizer: QuantizerConfig = dataclasses.field(default_factory=VQConfig)
   reconstruction: Literal['l1', 'l2'] = 'l2'
+  perceptual: Literal['auto', 'lpips', 'proxy', 'none'] = 'none'
   weights: LossWeights = dataclasses.field(default_factory=LossWeights)
+  adversary: AdversaryConfig | None = None
   dtype: Literal['float32', 'bfloat16'] = 'float32'
+
+  def released(self) -> 'ImageTokenizerConfig':
+    return dataclasses.replace(self, adversary=None)
 
 
 class ImageTokenizer(Tokenizer):
@@ -85,21 +99,30 @@ class ImageTokenizer(Tokenizer):
 
   A subclass calls `setup`, and defines `features`, `trunk` and `paint`; where its positions have an
   order of their own, also `budget`, and `trunk` obeys `keep`.
+
+  Attributes:
+    last: the path of the kernel of the last layer, which `paint` is.
   """
 
   quantizer: Any
   weights: tuple[tuple[str, Any], ...]
+  last: tuple[str, ...] = ('decoder', 'output', 'kernel')
 
   def setup(self, config: ImageTokenizerConfig, quantizer: Quantizer, grid: tuple[int, ...], *,
-            order: str | None = None, budgets: tuple[int, ...] = ()) -> None:
-    """Sets what all image tokenizers have.
+            order: str | None = None, budgets: tuple[int, ...] = (), rngs: nnx.Rngs) -> None:
+    """Sets what all image tokenizers have; call it last.
 
     Args:
       grid: of the vectors; a quantizer with a `grid` has another one for its tokens.
       order, budgets: of the positions, where a prefix runs along them; else the quantizer's.
+      rngs: what encoder, decoder and quantizer have drawn from, so that they start as they would
+        without an adversary.
     """
     self.size, self.channels = tuple(config.image_size), config.channels
-    self.reconstruction = config.reconstruction
+    self.reconstruction, self.perceptual = config.reconstruction, config.perceptual
+    self.discriminator: Any = config.adversary and Adversary(
+        config.adversary, size=config.image_size, channels=config.channels,
+        dtype=jnp.dtype(config.dtype), rngs=rngs)
     self.weights = tuple(dataclasses.asdict(config.weights).items())  # hashable, for jit
     self.grid, self.quantizer = grid, quantizer
     self.spec = TokenSpec(
@@ -174,20 +197,74 @@ class ImageTokenizer(Tokenizer):
 
   def loss(self, batch: dict[str, Array], *, step: Array, key: Array, train: bool = True
            ) -> tuple[Array, dict[str, Any]]:
-    """Weighted reconstruction and quantizer terms of `batch['image']`, a mean over examples."""
+    """Weighted terms of `batch['image']`, a mean over examples.
+
+    With an adversary its generator's loss is one of them, from its first step on in training, and
+    the scalar carries the discriminator's gradient too, though not the value of its loss.
+
+    Raises:
+      ValueError: the batch lacks the frozen network of a perceptual distance that was asked for.
+    """
     x = to_float(batch['image'])
     down, quantize, up, cut = jax.random.split(key, 4)
     q = self.quantizer(self.latents(x, key=down, train=train), key=quantize, train=train)
     keep = self.budget(cut, x.shape[0]) if train else None
-    y = self.decode_latents(q.vectors, keep=keep, key=up, train=train)
-    error = jnp.abs(x - y) if self.reconstruction == 'l1' else jnp.square(x - y)
-    terms = {'reconstruction': jnp.mean(error), **q.losses}
-    loss = LossWeights(**dict(self.weights)).total(terms, step, train=train)
-    metrics = {**terms, **q.metrics, 'mse': jnp.mean(jnp.square(x - jnp.clip(y, -1, 1))),
-               'psnr': jnp.mean(psnr(x, y))}
-    statistics = None if q.statistics is None else {'quantizer': q.statistics}
+    h = self.trunk(q.vectors, keep=keep, key=up, train=train)
+    y = self.paint(h)
+    weights = LossWeights(**dict(self.weights))
+    judge: Any = batch.get('perceptual')
+    if judge is None and self.perceptual in ('lpips', 'proxy'):
+      raise ValueError(f'perceptual={self.perceptual!r} needs its frozen network in the batch, as '
+                       "'perceptual'; smalti train puts it there.")
+
+    def likeness(y: Array) -> tuple[Array, dict[str, Array]]:
+      terms = {'reconstruction': jnp.mean(
+          jnp.abs(x - y) if self.reconstruction == 'l1' else jnp.square(x - y))}
+      if judge is not None:
+        terms['perceptual'] = jnp.mean(judge(x, y))
+      return weights.total(terms, step, train=train), terms
+
+    if self.discriminator is None:
+      loss, terms = likeness(y)
+      play, statistics = {}, None
+    elif not train:
+      loss, terms = likeness(y)
+      play, statistics = self.discriminator.metrics(x, y), None
+    else:
+      loss, terms, play, statistics = self._against(x, y, h, likeness, step)
+    loss = loss + weights.total(q.losses, step, train=train)
+    if judge is not None:
+      terms[judge.name] = terms.pop('perceptual')
+    metrics = {**terms, **q.losses, **q.metrics, **play,
+               'mse': jnp.mean(jnp.square(x - jnp.clip(y, -1, 1))), 'psnr': jnp.mean(psnr(x, y))}
+    found = {'quantizer': q.statistics, 'discriminator': statistics}
     return loss, {'metrics': jax.lax.stop_gradient(metrics), 'weight': jnp.float32(x.shape[0]),
-                  'statistics': statistics}
+                  'statistics': {k: v for k, v in found.items() if v is not None} or None}
+
+  def _against(self, x: Float[Array, 'b h w c'], y: Float[Array, 'b h w c'], h: Array,
+               likeness: Callable[[Array], tuple[Array, dict[str, Array]]], step: Array) -> tuple:
+    """The loss with its adversary, terms, metrics and statistics of a step of training.
+
+    Both players' gradients are taken at the image, weighed there, and go through the decoder
+    together: one backward pass, whatever the weight depends on.
+    """
+    (value, terms), toward = jax.value_and_grad(likeness, has_aux=True)(sg(y))
+    play: Round = self.discriminator.play(x, y, step)
+    ratio: Any = 1.0
+    if self.discriminator.adaptive:
+      ours, theirs = (self._pull(sg(h), push) for push in (toward, play.push))
+      ratio = ours / (theirs + 1e-4)
+    weight = self.discriminator.weight(step, ratio)
+    loss = tied(value + weight * play.generator, (y, play.params),
+                (toward + weight * play.push, play.gradient))
+    return loss, terms, {**play.metrics, 'adversary/weight': weight}, play.statistics
+
+  def _pull(self, h: Array, push: Float[Array, 'b h w c']) -> Float[Array, '']:
+    """The norm of an image's gradient, taken on to the kernel of the last layer."""
+    graph, *parts = nnx.split(self, lambda path, _: tuple(map(str, path)) == self.last, ...)
+    kernel, rest = parts
+    _, back = jax.vjp(lambda kernel: nnx.merge(graph, kernel, rest).paint(h), kernel)
+    return jnp.linalg.norm(jax.tree.leaves(back(push)[0])[0])
 
   def prepare(self, batch: dict[str, Array], *, key: Array) -> None:
     """Data-dependent initialisation of the codebooks, from the encoder's first output."""

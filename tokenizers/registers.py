@@ -60,7 +60,7 @@ class RegisterTokenizer(PatchTokenizer):
     self.decoder = RegisterDecoder(**decoder, **shared)
     self.drop, self.least = config.drop, config.least
     self.setup(config, q, (config.registers,), order='nested' if trained else None,
-               budgets=trained)
+               budgets=trained, rngs=rngs)
 
   def budget(self, key: Array, batch: int) -> Int[Array, 'b'] | None:
     if self.drop is None:

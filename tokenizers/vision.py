@@ -83,6 +83,7 @@ class PatchTokenizer(ImageTokenizer):
         encoder, encoder.width, q.dim, hidden=config.hidden, rngs=rngs)
     self.pixels = Pixels(decoder, channels=config.channels, patch=patch, smooth=config.smooth,
                          rngs=rngs)
+    self.last = ('pixels', 'smooth' if config.smooth else 'output', 'kernel')
     shared = dict(grid=table, positions=config.positions, rngs=rngs)
     return (q, dict(config=encoder, channels=config.channels, patch=patch, **shared),
             dict(config=decoder, features=q.dim, **shared))
@@ -102,7 +103,7 @@ class VisionTokenizer(PatchTokenizer):
   def __init__(self, config: VisionTokenizerConfig, *, rngs: nnx.Rngs):
     q, encoder, decoder = self.parts(config, rngs=rngs)
     self.encoder, self.decoder = VisionEncoder(**encoder), VisionDecoder(**decoder)
-    self.setup(config, q, self.patches)
+    self.setup(config, q, self.patches, rngs=rngs)
 
   def trunk(self, vectors: Float[Array, 'b n f'], *, keep: Int[Array, 'b'] | None = None,
             key: Array | None = None, train: bool = False) -> Array:

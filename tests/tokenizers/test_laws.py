@@ -13,7 +13,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from smalti.networks.vision import plain
+from smalti.networks.discriminator import PatchDiscriminatorConfig
 from smalti.tokenizers import tokenizer as jitted
+from smalti.tokenizers.adversary import AdversaryConfig
 from smalti.tokenizers.autoencoder import AutoencoderConfig
 from smalti.tokenizers.bernoulli import Bernoulli, BernoulliConfig
 from smalti.tokenizers.binary import BSQConfig, LFQConfig
@@ -120,6 +122,9 @@ TOKENIZERS = {
         patch=2, attention=(2,), dtype='bfloat16', dropout=0.1),
     'bsq': autoencoder(BSQConfig(bits=6, groups=3)),
     'bld': autoencoder(BernoulliConfig(bits=9, dim=8)),
+    'adversarial': autoencoder(
+        FSQConfig(levels=(5, 5, 5)), image_size=(8, 8), adversary=AdversaryConfig(
+            discriminator=PatchDiscriminatorConfig(width=8, layers=1), adaptive=True, lecam=0.01)),
     'qlae': styled(LatentConfig(latents=6, codes=10)),
     'styled_vq': styled(VQConfig(codes=32, dim=4, update='gradient')),
     'vit_vqgan': VisionTokenizerConfig(
