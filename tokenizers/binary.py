@@ -72,14 +72,7 @@ class Binary(Quantizer):
 
   def lookup(self, tokens: Int[Array, 'b n d']) -> Float[Array, 'b n c']:
     """The vectors of `tokens`: scale where a bit is set, -scale where it is not."""
-    bits = tokens[..., None] >> np.arange(self.dim // self.groups, dtype=np.int32) & 1
-    return jnp.where(bits.reshape(*tokens.shape[:-1], self.dim) > 0, self.scale, -self.scale)
-
-  def pack(self, bits: Bool[Array, 'b n c']) -> Int[Array, 'b n d']:
-    """The tokens of bits, the inverse of `lookup`."""
-    grouped = bits.reshape(*bits.shape[:-1], self.groups, -1).astype(jnp.int32)
-    place = np.arange(grouped.shape[-1], dtype=np.int32)
-    return jnp.sum(grouped << place, -1, dtype=jnp.int32)
+    return jnp.where(unpack(tokens, len(self.factors)), self.scale, -self.scale)
 
   def entropy(self, log_odds: Float[Array, 'b n c']) -> tuple[Array, dict[str, Array]]:
     """The term `entropy` in nats, and both entropies to log."""
@@ -120,7 +113,7 @@ class LFQ(Binary):
                train: bool = False) -> Quantized:
     del key, train  # nothing is drawn and nothing learned
     z, bits = z.astype(jnp.float32), z > 0
-    tokens = self.pack(bits)
+    tokens = pack(bits, self.groups)
     q = self.lookup(tokens)
     entropy, metrics = self.entropy(4 / self.temperature * z)
     losses = {'commitment': jnp.mean(jnp.square(z - q)), 'entropy': entropy}
@@ -167,7 +160,7 @@ class BSQ(Binary):
                train: bool = False) -> Quantized:
     del key, train  # nothing is drawn and nothing learned
     u, bits = normalize(z.astype(jnp.float32)), z > 0
-    tokens = self.pack(bits)
+    tokens = pack(bits, self.groups)
     q = self.lookup(tokens)
     t = self.inverse_temperature
     entropy, metrics = self.entropy(4 * t * self.scale * u)
@@ -176,6 +169,18 @@ class BSQ(Binary):
     return Quantized(
         straight_through(self.scale * u, q), tokens, {'entropy': entropy / t}, metrics,
         statistics=None)
+
+
+def pack(bits: Bool[Array, 'b n c'], groups: int) -> Int[Array, 'b n d']:
+  """Bits as `groups` codes, each of as many consecutive bits, least significant first."""
+  grouped = bits.reshape(*bits.shape[:-1], groups, -1).astype(jnp.int32)
+  return jnp.sum(grouped << np.arange(grouped.shape[-1], dtype=np.int32), -1, dtype=jnp.int32)
+
+
+def unpack(tokens: Int[Array, 'b n d'], bits: int) -> Bool[Array, 'b n c']:
+  """The bits of codes that have `bits` each; the inverse of `pack`."""
+  found = tokens[..., None] >> np.arange(bits, dtype=np.int32) & 1
+  return found.reshape(*tokens.shape[:-1], -1) > 0
 
 
 def code_use(tokens: Int[Array, 'b n d'], vocab: tuple[int, ...]) -> dict[str, Array]:
