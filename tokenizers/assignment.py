@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from smalti.tokenizers.search import chunk_rows, chunked, distance_scores, unchunked
+from smalti.tokenizers.search import by_chunks, chunk_rows, distance_scores
 from smalti.tokenizers.statistics import mean
 
 
@@ -65,13 +65,11 @@ class StochasticConfig(AssignmentConfig):
   def choose(self, z: Float[Array, 'n c'], codes: Float[Array, 'v c'], *, key: Array,
              valid: Bool[Array, 'n'] | None) -> Int[Array, 'n']:
     del valid  # vectors do not see each other
-    rows = chunk_rows(z.shape[0], codes.shape[0])
 
-    def draw(chunk):
-      z, u = chunk
+    def draw(z, u):
       up_to = jnp.cumsum(jax.nn.softmax(distance_scores(z, codes) / self.temperature), -1)
       below = jnp.sum(up_to <= u[:, None] * up_to[:, -1:], -1, dtype=jnp.int32)
       return jnp.minimum(below, codes.shape[0] - 1)
 
     u = jax.random.uniform(key, (z.shape[0],))
-    return unchunked(jax.lax.map(draw, (chunked(z, rows), chunked(u, rows))), z.shape[0])
+    return by_chunks(draw, chunk_rows(z.shape[0], codes.shape[0]), z, u)

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from smalti.tokenizers.entropy import EntropyConfig
-from smalti.tokenizers.quantizer import Quantized, Quantizer, QuantizerConfig, sg
+from smalti.tokenizers.quantizer import Quantized, Quantizer, QuantizerConfig, checked, sg
 from smalti.tokenizers.search import HIGHEST, chunk_rows, chunked, nearest, unchunked
 from smalti.tokenizers.statistics import diversity, fit, segment_count
 
@@ -51,7 +51,7 @@ class IBQ(Quantizer):
     if config.codes < 2 or config.dim < 1:
       raise ValueError(f'codes={config.codes} must be 2 or more and dim={config.dim} positive.')
     self.dim, self.vocab, self.beta = config.dim, (config.codes,), config.beta
-    self.entropy = config.entropy
+    self.entropy = checked(config.entropy)
     draw = jax.random.normal(rngs.params(), (config.codes * config.dim,))
     self.codebook = nnx.Param(draw.reshape(config.codes, config.dim))  # see `kernel_init`
 

@@ -102,6 +102,11 @@ class Buffer(nnx.Variable):
   """State that no gradient reaches, written by `absorb` and `prepare` alone."""
 
 
+def checked(option: Any) -> Any:
+  """A copy of an option's config, or None; its rules hold for what overrides made of it, too."""
+  return None if option is None else dataclasses.replace(option)
+
+
 def straight_through(z: Array, q: Array) -> Array:
   """Value exactly `q`, gradient of `z`. The usual `z + sg(q - z)` is off by a rounding error."""
   return sg(q) + (z - sg(z))

@@ -6,7 +6,8 @@ this is several times faster than the obvious `argmin(x @ c.T)` (docs/benchmarks
 memory does not grow with N x K. Ties go to the lowest index, as `jnp.argmin` has it.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,15 @@ def unchunked(x: Shaped[Array, 'k r *c'], rows: int) -> Shaped[Array, 'n *c']:
   return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:rows]
 
 
+def by_chunks(f: Callable[..., Any], rows: int, *arrays: Shaped[Array, 'n ...']) -> Any:
+  """`f(*arrays)` for a function of rows that do not see each other, `rows` of them at a time."""
+  count = arrays[0].shape[0]
+  if rows >= count:
+    return f(*arrays)
+  found = jax.lax.map(lambda chunk: f(*chunk), tuple(chunked(x, rows) for x in arrays))
+  return jax.tree.map(lambda x: unchunked(x, count), found)
+
+
 def nearest(z: Float[Array, '*b c'], codes: Float[Array, 'v c'], *, rows: int | None = None,
             by: Literal['distance', 'product'] = 'distance') -> Int[Array, '*b']:
   """int32 index of the code nearest to every vector; the lowest one among equals.
@@ -68,10 +78,7 @@ def nearest(z: Float[Array, '*b c'], codes: Float[Array, 'v c'], *, rows: int | 
   rows = rows or chunk_rows(flat.shape[0], codes.shape[0])
   # NaN equals nothing: without the bound such a row would point past the codebook
   search = lambda z: jnp.minimum(_argmax(z, table), codes.shape[0] - 1)  # noqa: E731
-  if rows >= flat.shape[0]:
-    return search(flat).reshape(z.shape[:-1])
-  tokens = jax.lax.map(search, chunked(flat, rows))
-  return unchunked(tokens, flat.shape[0]).reshape(z.shape[:-1])
+  return by_chunks(search, rows, flat).reshape(z.shape[:-1])
 
 
 def _table(codes: Float[Array, 'v c'], by: Literal['distance', 'product']
@@ -110,8 +117,8 @@ def neighbours(z: Float[Array, '*b c'], codes: Float[Array, 'v c'], count: int
   z, codes = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (z, codes))
   flat = z.reshape(-1, z.shape[-1])
   find = lambda z: jax.lax.top_k(distance_scores(z, codes), count)[1]  # noqa: E731
-  found = jax.lax.map(find, chunked(flat, chunk_rows(flat.shape[0], codes.shape[0])))
-  return unchunked(found, flat.shape[0]).reshape(*z.shape[:-1], count)
+  found = by_chunks(find, chunk_rows(flat.shape[0], codes.shape[0]), flat)
+  return found.reshape(*z.shape[:-1], count)
 
 
 def distance_scores(z: Float[Array, '*b c'], codes: Float[Array, 'v c']) -> Float[Array, '*b v']:

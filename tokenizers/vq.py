@@ -24,6 +24,7 @@ from smalti.tokenizers.quantizer import (
   Quantizer,
   QuantizerConfig,
   Statistics,
+  checked,
   sg,
   straight_through,
 )
@@ -113,8 +114,8 @@ class VQ(Quantizer):
     self.update, self.decay, self.epsilon = config.update, config.decay, config.epsilon
     self.init, self.iterations = config.init, config.iterations
     self.cosine, self.revival, self.estimator = config.cosine, config.revival, config.estimator
-    self.entropy, self.clustering = config.entropy, config.clustering
-    self.assignment, self.perturbation = config.assignment, config.perturbation
+    self.entropy, self.clustering, self.assignment, self.perturbation = map(checked, (
+        config.entropy, config.clustering, config.assignment, config.perturbation))
     size = config.codes * config.dim
     if config.init == 'normal':
       codes = jax.random.normal(rngs.params(), (size,))

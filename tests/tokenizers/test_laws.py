@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from smalti.networks.vision import plain
 from smalti.networks.discriminator import PatchDiscriminatorConfig
+from smalti.networks.vision import plain
 from smalti.tokenizers import tokenizer as jitted
 from smalti.tokenizers.adversary import AdversaryConfig
 from smalti.tokenizers.autoencoder import AutoencoderConfig
@@ -22,6 +22,7 @@ from smalti.tokenizers.binary import BSQConfig, LFQConfig
 from smalti.tokenizers.clustering import ClusteringConfig
 from smalti.tokenizers.entropy import EntropyConfig
 from smalti.tokenizers.grouped import GroupedConfig
+from smalti.tokenizers.gumbel import GumbelConfig
 from smalti.tokenizers.ibq import IBQConfig
 from smalti.tokenizers.latent import LatentConfig
 from smalti.tokenizers.projected import ProjectedConfig
@@ -31,6 +32,7 @@ from smalti.tokenizers.residual import ResidualConfig
 from smalti.tokenizers.scalar import FSQConfig
 from smalti.tokenizers.simvq import SimVQConfig
 from smalti.tokenizers.sinkhorn import SinkhornConfig
+from smalti.tokenizers.sparse import SparseConfig
 from smalti.tokenizers.spec import TokenSpec
 from smalti.tokenizers.styled import StyledTokenizerConfig
 from smalti.tokenizers.vision import VisionTokenizerConfig
@@ -77,6 +79,9 @@ QUANTIZERS = {
     'simvq': Row(SimVQConfig(codes=32, dim=6)),
     'ibq': Row(IBQConfig(codes=32, dim=6),
                lambda q, z: jax.nn.softmax(z @ q.codes().T) @ q.codes()),
+    'sparse': Row(SparseConfig(codes=32, dim=6, active=3)),
+    'gumbel': Row(GumbelConfig(codes=32, dim=6),
+                  lambda q, z: jnp.exp(q.soft_assign(z, q.temperature())) @ q.codes(), draws=True),
     'lfq': Row(LFQConfig(bits=6)),
     'bsq': Row(BSQConfig(bits=6, groups=2), lambda q, z: q.scale * normalize(z)),
     'bernoulli': Row(BernoulliConfig(bits=7, dim=6), lambda q, z: q.embed(q.soft(z))),
