@@ -113,7 +113,7 @@ class Residual(Quantizer):
     if key is not None:
       key, *keys = jax.random.split(key, self.depth + 1)
     if train and self.dropout:
-      keep = self._draw_keep(z.shape[0], key)
+      keep = draw_keep(self.dropout, z.shape[0], self.depth, self.schedule, self.least, key)
     parts, fractions, energies, statistics = [], [], [], None
     total = vectors = jnp.zeros_like(z)
     for i in range(self.depth):
@@ -206,14 +206,6 @@ class Residual(Quantizer):
   def _scale(self, i: int) -> Any:
     return np.float32(np.array(self.levels[0].step) ** i) if self._bounded() else np.float32(1)
 
-  def _draw_keep(self, batch: int, key: Array | None) -> Int[Array, 'b']:
-    """How many levels every example keeps."""
-    if key is None:
-      raise ValueError('key=None: dropout draws levels in training; pass a key, or dropout=0.')
-    pick, draw = jax.random.split(key)
-    keep = nested.draw_budget(draw, batch, self.depth, self.schedule, self.least)
-    return jnp.where(jax.random.uniform(pick, (batch,)) < self.dropout, keep, self.depth)
-
   def _search(self, z: Float[Array, 'b n c'], greedy: Int[Array, 'b n d']) -> Int[Array, 'b n d']:
     """The tokens of a beam search, where they are closer than the greedy ones."""
     tables = [sg(self._level(i).codes()) for i in range(self.depth)]
@@ -243,6 +235,16 @@ def beam_search(z: Float[Array, 'n c'], tables: list[Float[Array, 'v c']], beam:
     tokens = jnp.concatenate([tokens, code[..., None]], -1)
   best = jnp.argmin(jnp.sum(jnp.square(rest), -1), -1)
   return jnp.take_along_axis(tokens, best[:, None, None], 1)[:, 0]
+
+
+def draw_keep(dropout: float, batch: int, levels: int, schedule: nested.Schedule, least: int,
+              key: Array | None) -> Int[Array, 'b']:
+  """How many levels each example keeps: drawn for a fraction `dropout` of them, else all."""
+  if key is None:
+    raise ValueError('key=None: dropout draws levels in training; pass a key, or dropout=0.')
+  pick, draw = jax.random.split(key)
+  keep = nested.draw_budget(draw, batch, levels, schedule, least)
+  return jnp.where(jax.random.uniform(pick, (batch,)) < dropout, keep, levels)
 
 
 def selective(quantizer: Quantizer) -> bool:

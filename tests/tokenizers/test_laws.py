@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from smalti.tokenizers.grouped import GroupedConfig
 from smalti.tokenizers.gumbel import GumbelConfig
 from smalti.tokenizers.ibq import IBQConfig
 from smalti.tokenizers.latent import LatentConfig
+from smalti.tokenizers.multiscale import MultiScaleConfig
 from smalti.tokenizers.projected import ProjectedConfig
 from smalti.tokenizers.quantizer import Statistics, absorb, combine
 from smalti.tokenizers.registers import RegisterTokenizerConfig
@@ -91,6 +93,8 @@ QUANTIZERS = {
                         lambda q, z: q.levels[0].bound(z)),
     'residual_shared': Row(
         ResidualConfig(quantizer=VQConfig(codes=32, dim=6, revival=0), levels=2, shared=True)),
+    'multiscale_vq': Row(MultiScaleConfig(
+        quantizer=VQConfig(codes=32, dim=4, update='gradient', revival=0), scales=(1, 4))),
     'product_vq': Row(GroupedConfig(quantizer=VQConfig(codes=32, dim=3, revival=0), groups=2)),
     'grvq': Row(GroupedConfig(groups=2, quantizer=ResidualConfig(
         quantizer=VQConfig(codes=32, dim=3, update='gradient', revival=0), levels=2))),
@@ -160,6 +164,11 @@ def quantizer(name):
   return nnx.merge(graph, jax.tree.map(jnp.copy, state)), z
 
 
+def positions(q, others):
+  """How many positions its tokens have."""
+  return math.prod(q.grid) if getattr(q, 'grid', None) else others
+
+
 def leaves(module):
   return [np.asarray(x) for x in jax.tree.leaves(nnx.state(module))]
 
@@ -188,7 +197,7 @@ def test_lookup_returns_the_vectors_bit_for_bit(name):
 
 def test_straight_through_has_the_jacobian_of_the_soft_map(name):
   q, z = quantizer(name)
-  z = z[:1, :2]
+  z = z[:1] if getattr(q, 'grid', None) else z[:1, :2]
   got = jax.jacrev(lambda z: q(z).vectors)(z)
   want = jax.jacrev(lambda z: QUANTIZERS[name].soft(q, z))(z)
   np.testing.assert_allclose(got, want, atol=1e-6)
@@ -198,7 +207,8 @@ def test_straight_through_has_the_jacobian_of_the_soft_map(name):
 def test_tokens_are_in_range_at_any_scale(name, scale):
   q, z = quantizer(name)
   out = q(scale * z, key=jax.random.key(0), train=True)
-  assert out.tokens.dtype == jnp.int32 and out.tokens.shape == (*z.shape[:2], len(q.vocab))
+  shape = (z.shape[0], positions(q, z.shape[1]), len(q.vocab))
+  assert out.tokens.dtype == jnp.int32 and out.tokens.shape == shape
   assert np.all(out.tokens >= 0) and np.all(out.tokens < np.array(q.vocab))
   assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(
       (out.vectors, out.losses, out.metrics, out.statistics)))
@@ -216,7 +226,7 @@ def test_no_forward_pass_writes_state(name):
   q, z = quantizer(name)
   for train in (False, True):
     q(z, key=jax.random.key(0), train=train)
-    q.lookup(jnp.zeros((1, 2, len(q.vocab)), jnp.int32))
+    q.lookup(jnp.zeros((1, positions(q, 2), len(q.vocab)), jnp.int32))
   graph, state, _ = prepared(name)
   assert same(q, nnx.merge(graph, state))
 
