@@ -24,6 +24,8 @@ NEWEST := python3.12 python3.13 python3.11 python3.14 python3.15 python3 python 
 OLDEST := python3.11 python3 $(wildcard $(PYENV)/3.11*/bin/python)
 FOLDERS := networks tokenizers generators data evaluation launch configs
 SOURCES := pyproject.toml setup.py constraints.txt
+# Two processes with whole files each: what a file builds once it builds once.
+SIDE_BY_SIDE := --numprocesses=2 --dist=loadfile
 
 # $(call environment,FOLDER,CANDIDATES,TEST): a virtual environment in FOLDER, unless a working one
 # is there, from the first candidate for which the Python expression TEST holds.
@@ -46,7 +48,7 @@ demo: .venv/installed
 	$(BIN)/smalti demo --workdir=runs/demo
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -58,7 +60,7 @@ types: .venv/installed-test
 	  --cache-dir=../../.mypy_cache $(FOLDERS:%=-p smalti.%)
 
 test-oldest: .venv-3.11/installed-test
-	.venv-3.11/bin/python -m pytest
+	.venv-3.11/bin/python -m pytest $(SIDE_BY_SIDE)
 
 laws: .venv/installed-test
 	$(BIN)/python -m pytest -m 'slow or not slow'
