@@ -51,7 +51,7 @@ class Grouped(Quantizer):
     copies: list[Any] = [
         config.quantizer.build(rngs=rngs) for _ in range(1 if config.shared else config.groups)]
     q = copies[0]
-    if getattr(q, 'grid', None):
+    if q.grid:
       raise ValueError(f'{type(q).__name__} has a token grid of its own; put the groups inside it.')
     self.parts = nnx.List(copies)
     self.groups, self.dim = config.groups, q.dim * config.groups

@@ -168,7 +168,7 @@ class ImageTokenizer(Tokenizer):
     return self.quantizer(self.latents(x), key=keys).tokens
 
   def lookup(self, tokens: Int[Array, 'b n d'], *, keep: Int[Array, 'b'] | None = None
-             ) -> Float[Array, 'b n f']:
+             ) -> Float[Array, 'b m f']:
     """The quantized vectors of `tokens`, or of the first `keep` codes or scales of each."""
     if keep is None or self.quantizer.order == 'raster':
       return self.quantizer.lookup(tokens)

@@ -36,6 +36,7 @@ class Projected(Quantizer):
     self.quantizer = q
     self.dim, self.vocab, self.factors = config.dim, q.vocab, q.factors
     self.order, self.budgets = q.order, q.budgets
+    self.grid, self.stochastic = q.grid, q.stochastic
     self.reduce = nnx.Linear(config.dim, q.dim, precision=HIGHEST, kernel_init=kernel_init,
                             rngs=rngs)
     self.expand = nnx.Linear(q.dim, config.dim, precision=HIGHEST, kernel_init=kernel_init,
@@ -47,7 +48,7 @@ class Projected(Quantizer):
     statistics = None if q.statistics is None else {'quantizer': q.statistics}
     return dataclasses.replace(q, vectors=self.expand(q.vectors), statistics=statistics)
 
-  def lookup(self, tokens: Int[Array, 'b n d'], **prefix: Any) -> Float[Array, 'b n c']:
+  def lookup(self, tokens: Int[Array, 'b n d'], **prefix: Any) -> Float[Array, 'b m c']:
     return self.expand(self.quantizer.lookup(tokens, **prefix))
 
   def soft_assign(self, z: Float[Array, 'b n c'], tau: float = 1.0) -> Float[Array, 'b n v']:

@@ -70,6 +70,7 @@ class Quantizer(nnx.Module):
     vocab: one alphabet size per code; `D = len(vocab)`.
     factors: mixed radix of every code, or ().
     order, budgets: what a prefix of the codes means, as in `TokenSpec`.
+    grid: of the tokens, where it is not that of the vectors (multi-scale: one list of all scales).
     stochastic: evaluation draws too, from `key` or, where that is an array, a key per example.
   """
 
@@ -78,6 +79,7 @@ class Quantizer(nnx.Module):
   factors: tuple[int, ...] = ()
   order: str = 'raster'
   budgets: tuple[int, ...] = ()
+  grid: tuple[int, ...] | None = None
   stochastic: bool = False
 
   def __call__(self, z: Float[Array, 'b n c'], *, key: Array | None = None,

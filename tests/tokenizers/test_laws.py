@@ -130,6 +130,10 @@ TOKENIZERS = {
             quantizer=VQConfig(codes=32, dim=4, cosine=True, update='gradient'), dim=16),
         patch=2, attention=(2,), dtype='bfloat16', dropout=0.1),
     'bsq': autoencoder(BSQConfig(bits=6, groups=3)),
+    'var': autoencoder(
+        ProjectedConfig(dim=8, quantizer=MultiScaleConfig(
+            quantizer=VQConfig(codes=32, dim=4, update='gradient', revival=0), scales=(1, 4))),
+        image_size=(8, 8), channels=1),
     'bld': autoencoder(BernoulliConfig(bits=9, dim=8)),
     'adversarial': autoencoder(
         FSQConfig(levels=(5, 5, 5)), image_size=(8, 8), adversary=AdversaryConfig(
@@ -166,7 +170,7 @@ def quantizer(name):
 
 def positions(q, others):
   """How many positions its tokens have."""
-  return math.prod(q.grid) if getattr(q, 'grid', None) else others
+  return math.prod(q.grid) if q.grid else others
 
 
 def leaves(module):
@@ -197,7 +201,7 @@ def test_lookup_returns_the_vectors_bit_for_bit(name):
 
 def test_straight_through_has_the_jacobian_of_the_soft_map(name):
   q, z = quantizer(name)
-  z = z[:1] if getattr(q, 'grid', None) else z[:1, :2]
+  z = z[:1] if q.grid else z[:1, :2]
   got = jax.jacrev(lambda z: q(z).vectors)(z)
   want = jax.jacrev(lambda z: QUANTIZERS[name].soft(q, z))(z)
   np.testing.assert_allclose(got, want, atol=1e-6)
