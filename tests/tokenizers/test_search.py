@@ -75,6 +75,24 @@ def test_eight_devices_find_the_same_codes_and_move_no_vector(key):
     assert f' {collective}(' not in text, collective
 
 
+@pytest.mark.parametrize('by', ['distance', 'product'])
+def test_ties_are_the_same_whole_in_chunks_and_on_eight_devices(key, by, monkeypatch):
+  """Equal codes and vectors between codes, of small integers: every score is exact."""
+  a, b = jax.random.split(key)
+  codes = jnp.tile(jax.random.randint(a, (70, 2), -3, 4), (2, 1)).astype(jnp.float32)
+  z = jax.random.randint(b, (16, 8, 2), -3, 4).astype(jnp.float32) / 2
+  scores = np.asarray(z) @ np.asarray(codes).T
+  scores = scores if by == 'product' else scores - np.square(codes).sum(-1) / 2
+  want = np.argmax(scores, -1)
+  assert np.mean(np.sum(scores == scores.max(-1, keepdims=True), -1) > 2) > 0.2
+  np.testing.assert_array_equal(nearest(z, codes, rows=128, by=by), want)
+  monkeypatch.setattr(search, 'ROWS', (32, 32))  # four chunks
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  found = jax.jit(lambda z, codes: nearest(z, codes, by=by))
+  for place in (PartitionSpec(), PartitionSpec('data')):
+    np.testing.assert_array_equal(found(jax.device_put(z, NamedSharding(mesh, place)), codes), want)
+
+
 def test_scores_are_never_all_in_memory(key):
   def temporary(rows, codes):
     shapes = [jax.ShapeDtypeStruct((n, 8), jnp.float32) for n in (rows, codes)]
