@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from smalti.tokenizers.entropy import GROUP, bit_entropy_terms, check_group
+from smalti.tokenizers.entropy import bit_entropy_terms, check_group
 from smalti.tokenizers.quantizer import (
   Quantized,
   Quantizer,
@@ -31,6 +31,7 @@ from smalti.tokenizers.statistics import diversity, segment_count
 from smalti.tokenizers.vq import normalize
 
 PACKED = 30  # bits of a code at most: alphabets stay below 2^31
+EXACT = 14  # bits whose H_avg is exact by default; batches say little about more than log2 N bits
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -38,7 +39,7 @@ class BinaryConfig(QuantizerConfig):
   """What LFQ and BSQ share: `bits` channels, read as `groups` codes of bits / groups bits each.
 
   Attributes:
-    bits: n; 18 is published for both (2^18 codes), 10 to 14 for MaskBit, 36 for BSQ.
+    bits: n; 18 is published for both (2^18 codes), 10 to 18 for MaskBit, 36 for BSQ.
     groups: codes per position, a divisor of `bits`; `groups=bits` makes every bit a token. Open-
       MAGVIT2 predicts 18 bits as 2 groups. It changes tokens, never vectors or losses.
     sample, average: the term `entropy` is sample * H_sample - average * H_avg; 1 and 1 are
@@ -64,7 +65,7 @@ class Binary(Quantizer):
           f'groups={groups} must divide bits={n} into codes of at most {PACKED} bits; '
           f'fitting are {fitting}.')
     self.entropy_group = config.entropy_group or (
-        n if n <= GROUP else max(g for g in range(1, 10) if n % g == 0))
+        n if n <= EXACT else max(g for g in range(1, 10) if n % g == 0))
     check_group(n, self.entropy_group)
     self.dim, self.groups, self.scale = n, groups, scale
     self.vocab, self.factors = (2 ** (n // groups),) * groups, (2,) * (n // groups)

@@ -9,8 +9,8 @@ and the loss is w_s sample - w_a average, negative by design, at least -w_a log 
 
 Published code holds N x K logits (4.3 GB for 4096 vectors and 2^18 codes, per copy). Here rows come
 in chunks, recomputed in the backward pass, and sums alone leave a chunk. Codes made of bits need no
-table: p factorises over bits, so `sample` costs n instead of 2^n, exactly; `average` does not, and
-takes groups of bits.
+table: p factorises over bits, so `sample` costs n instead of 2^n, exactly; `average` does not, but
+p is an outer product of two halves, so that mean_n p_n is one matrix product of 2^(n/2) columns.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from smalti.tokenizers.search import HIGHEST, chunk_rows, chunked
 
 Logits = Literal['distance', 'product']
 
-GROUP = 14  # bits of which the joint distribution is formed at most: 2^14 columns
+GROUP = 20  # bits of which the joint distribution is formed at most: 4 MiB
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)  # an attribute of modules
@@ -99,17 +99,17 @@ def bit_entropy_terms(log_odds: Float[Array, '*b n'], *, group: int = 1, rows: i
   s = log_odds.astype(jnp.float32).reshape(-1, log_odds.shape[-1])
   n = s.shape[-1]
   check_group(n, group)
-  # logits of a group's patterns c in {-1, +1}^g: sum_i log sigmoid(c_i s_i) up to a constant
-  half = _signs(group) / 2
+  half = group // 2
 
   def sums(s, real):
     p = jax.nn.sigmoid(s)
     sample = -jnp.sum((p * jax.nn.log_sigmoid(s) + (1 - p) * jax.nn.log_sigmoid(-s)).T * real)
-    parts = jnp.matmul(s.reshape(-1, n // group, group), half.T, precision=HIGHEST)
-    return sample, jnp.einsum('ngk,n->gk', jax.nn.softmax(parts), real, precision=HIGHEST)
+    s = s.reshape(-1, n // group, group)
+    low, high = _patterns(s[..., :half]) * real[:, None, None], _patterns(s[..., half:])
+    return sample, jnp.einsum('ngi,ngj->gij', low, high, precision=HIGHEST)
 
-  sample, p = _over_rows(
-      sums, s, rows or chunk_rows(s.shape[0], n // group * 2**group), jnp.ones(s.shape[0]))
+  columns = n // group * 2 ** (group - half)
+  sample, p = _over_rows(sums, s, rows or chunk_rows(s.shape[0], columns), jnp.ones(s.shape[0]))
   return sample / s.shape[0], _entropy(p / s.shape[0])
 
 
@@ -141,6 +141,9 @@ def _entropy(p: Float[Array, '*v']) -> Float[Array, '']:
   return -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0)))
 
 
-def _signs(bits: int) -> np.ndarray:
-  """float32[2 ** bits, bits]: every pattern of -1 and 1, little-endian."""
-  return (np.arange(2**bits)[:, None] >> np.arange(bits) & 1).astype(np.float32) * 2 - 1
+def _patterns(s: Float[Array, 'n g b']) -> Float[Array, 'n g k']:
+  """The probabilities of all patterns of b bits with log odds s, little-endian."""
+  bits = s.shape[-1]
+  signs = (np.arange(2**bits)[:, None] >> np.arange(bits) & 1).astype(np.float32) * 2 - 1
+  # sum_i log sigmoid(c_i s_i) of a pattern c in {-1, 1}^b, up to a constant
+  return jax.nn.softmax(jnp.matmul(s, signs.T / 2, precision=HIGHEST))

@@ -110,9 +110,7 @@ class Recurrent(Quantizer):
     return _chosen(found, jnp.sum(jnp.cumprod(mask.astype(jnp.int32), -1), -1))
 
   def _decoders(self) -> list[Callable[[Array], Array]]:
-    # Barriers keep the same arithmetic in all programs: decoding is then the training forward.
-    fix = jax.lax.optimization_barrier
-    return [lambda b, f=f: fix(normalize(f(fix(b)))) for f in self.decoders]
+    return [lambda b, f=f: normalize(f(b)) for f in self.decoders]
 
   def _draw_keep(self, batch: int, key: Array) -> Int[Array, 'b']:
     pick, draw = jax.random.split(key)

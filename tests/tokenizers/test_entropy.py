@@ -125,7 +125,15 @@ def test_average_is_that_of_the_global_batch():
       both(z), both(jax.device_put(z, NamedSharding(mesh, PartitionSpec('data')))), rtol=1e-5)
 
 
-@pytest.mark.parametrize('bits,group', [(10, 3), (16, 16), (4, 0)])
+def test_exact_bits_never_hold_vectors_times_codes():
+  """18 bits of 4096 vectors: 4 GiB of logits as published, here 2^18 means and two halves."""
+  s = jnp.zeros((4096, 18))
+  loss = jax.grad(lambda s: sum(bit_entropy_terms(s, group=18)))
+  memory = jax.jit(loss).lower(s).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 32 * 2**20
+
+
+@pytest.mark.parametrize('bits,group', [(10, 3), (24, 24), (4, 0)])
 def test_bad_groups_are_refused(bits, group):
   with pytest.raises(ValueError, match='must divide'):
     bit_entropy_terms(jnp.zeros((2, bits)), group=group)
