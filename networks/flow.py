@@ -16,6 +16,17 @@ from smalti.networks.layers import Linear, TimeEmbedding, deviation, grid_sinuso
 from smalti.networks.transformer import Transformer, TransformerConfig
 
 
+def lean(layers: int, width: int | None = None, *, head: int = 64) -> TransformerConfig:
+  """Blocks without biases and gains, SwiGLU of exactly int(8/3 width), Xavier starts: FlexTok's.
+
+  Its widths are 64 per layer, and its heads have 64 channels.
+  """
+  width = 64 * layers if width is None else width
+  return TransformerConfig(
+      layers=layers, width=width, heads=max(1, width // head), hidden=int(2 * 4 * width / 3),
+      axes=0, norm='layer', init='xavier')
+
+
 class FlowTransformer(nnx.Module):
   """The velocity at noised patches [b, n, f] and times [b], given registers [b, k, c].
 
@@ -43,8 +54,9 @@ class FlowTransformer(nnx.Module):
     self.head = Linear(width, features, bias=True, std=0, rngs=rngs)
 
   def __call__(self, x: Float[Array, 'b n f'], registers: Float[Array, 'b k c'],
-               t: Float[Array, 'b']) -> Float[Array, 'b n f']:
+               t: Float[Array, 'b'], *, key: Array | None = None, train: bool = False
+               ) -> Float[Array, 'b n f']:
     y = self.input(x) + jnp.asarray(grid_sinusoid(self.grid, self.width), self.input.dtype)
     y = jnp.concatenate([y, registers.astype(y.dtype)], 1)
-    y = self.transformer(y, modulation=self.time(t))
+    y = self.transformer(y, modulation=self.time(t), key=key, train=train)
     return self.head(jax.lax.slice_in_dim(y, 0, x.shape[1], axis=1))

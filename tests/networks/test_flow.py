@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from smalti.networks.flow import FlowTransformer
+from smalti.networks.flow import FlowTransformer, lean
 from smalti.networks.layers import LayerNorm, deviation, grid_sinusoid
-from smalti.networks.transformer import Transformer, TransformerConfig
+from smalti.networks.transformer import Transformer
 
-CONFIG = TransformerConfig(
-    layers=2, width=16, heads=2, hidden=40, norm='layer', init='xavier', remat=False)
+CONFIG = dataclasses.replace(lean(2, 16, head=8), hidden=40, remat=False)
 GRID, FEATURES, REGISTERS = (2, 3), 5, 4
 
 
