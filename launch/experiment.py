@@ -117,7 +117,8 @@ class Experiment:
     accumulate: micro-batches per step; micro-batch i is rows i::accumulate.
     ema: decay of the averaged weights, warmed up as min(ema, (1 + n) / (10 + n)); None keeps none.
     optimizer: the optimizer of all parameters but the discriminator's.
-    discriminator: the optimizer of the group `discriminator`, where the model has one.
+    discriminator: the optimizer of the group `discriminator`, where the model has one; its `start`
+      is that of the adversary. None is `optimizer` once more.
     seed: all randomness of the run is folded from it by purpose.
     deterministic: asks the compiler for bitwise repeatable kernels on GPUs, at some cost.
   """

@@ -66,7 +66,7 @@ def load(path: pathlib.Path) -> runs.Loaded:
                      'smalti export.')
   runs.check_format({**metadata, 'format': int(metadata['format'])}, path)
   stored = json.loads(metadata['config'])
-  config = serialization.from_json(stored, ModelConfig)
+  config = serialization.from_json(stored, ModelConfig).released()
   spec = TokenSpec.from_json(metadata['spec']) if metadata['spec'] else None
   shape = nnx.eval_shape(lambda: runs.build(config, spec, nnx.Rngs(0)))
   structure = states.Structure.of(shape)

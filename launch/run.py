@@ -35,7 +35,7 @@ class Loaded:
 
   Attributes:
     model: the module, with averaged weights where the run keeps them.
-    config: its component config.
+    config: its component config, as released: without a discriminator.
     stored: the JSON of `config` as the version that trained it wrote it, which is what fingerprints
       are over: a field that a later version adds changes none.
     spec: its tokens; None for what has none, such as a classifier.
@@ -155,10 +155,14 @@ def fingerprint(stored: dict, spec: TokenSpec | None, *leaves: dict) -> str:
   return digest.hexdigest()[:16]
 
 
-def load(reference: str | os.PathLike, *, weights: str = 'ema') -> Loaded:
+def load(reference: str | os.PathLike, *, weights: str = 'ema', whole: bool = False) -> Loaded:
   """Opens a run folder (`RUN`, `RUN@STEP`), an exported file, or a token folder's tokenizer.
 
   `RUN` is its best checkpoint if it tracks a metric, else its newest.
+
+  Args:
+    weights: 'ema' takes averaged weights where the run keeps them, 'raw' the last.
+    whole: with the discriminator that a tokenizer's run has, to train it further.
 
   Raises:
     FileNotFoundError: nothing is there, or no checkpoint was committed.
@@ -179,7 +183,7 @@ def load(reference: str | os.PathLike, *, weights: str = 'ema') -> Loaded:
   checkpoints = Checkpoints(folder / 'checkpoints', best=experiment.checkpoint.best,
                             mode=experiment.checkpoint.mode)
   try:
-    return _load_checkpoint(folder, experiment, checkpoints, at, weights)
+    return _load_checkpoint(folder, experiment, checkpoints, at, weights, whole)
   finally:
     checkpoints.close()
 
@@ -237,7 +241,7 @@ def split_reference(reference: str | os.PathLike) -> tuple[pathlib.Path, str]:
 
 
 def _load_checkpoint(folder: pathlib.Path, experiment: Experiment, checkpoints: Checkpoints,
-                     at: str, weights: str) -> Loaded:
+                     at: str, weights: str, whole: bool) -> Loaded:
   step = checkpoints.best() if experiment.checkpoint.best else checkpoints.latest()
   if at:
     if not at.isdigit() or int(at) not in checkpoints.steps():
@@ -248,23 +252,26 @@ def _load_checkpoint(folder: pathlib.Path, experiment: Experiment, checkpoints: 
   item = checkpoints.read_item(step)
   check_format(item, folder / 'checkpoints' / str(step))
   spec = TokenSpec.from_json(item['spec']) if item.get('spec') else None
-  shape = states.structure(lambda: build(experiment.model, spec, nnx.Rngs(0)))
-  group = 'ema' if weights == 'ema' and experiment.ema is not None else 'params'
-  abstract = nnx.eval_shape(lambda: build(experiment.model, spec, nnx.Rngs(0)))
+  config = experiment.model if whole else experiment.model.released()
+  abstract = nnx.eval_shape(lambda: build(config, spec, nnx.Rngs(0)))
+  shape = states.Structure.of(abstract)
   params, buffers = shape.split(abstract)
+  averaged = states.released(params) if weights == 'ema' and experiment.ema is not None else {}
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-                        {group: params, 'buffers': buffers})
+  target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), {
+      'ema': averaged, 'params': {k: v for k, v in params.items() if k not in averaged},
+      'buffers': buffers})
   tree = checkpoints.restore_part(step, target)
-  model = shape.merge(tree[group], tree['buffers'])
+  params, buffers = {**tree['params'], **tree['ema']}, tree['buffers']
+  model = shape.merge(params, buffers)
   stored = read_config(folder)['experiment']['model']
-  if isinstance(experiment.model, GeneratorConfig):
+  if isinstance(config, GeneratorConfig):
     mark = item.get('fingerprint') or ''
   else:
     spec = getattr(model, 'spec', None)
-    mark = fingerprint(stored, spec, tree[group], tree['buffers'])
-  return Loaded(model, experiment.model, stored, spec, mark, experiment, step, folder,
-                'ema' if group == 'ema' else 'raw')
+    mark = fingerprint(stored, spec, states.released(params), states.released(buffers))
+  return Loaded(model, config, stored, spec, mark, experiment, step, folder,
+                'ema' if averaged else 'raw')
 
 
 def _load_token_folder(folder: pathlib.Path, weights: str) -> Loaded:

@@ -68,9 +68,14 @@ def init(build: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTrans
       'step': jnp.zeros((), jnp.int32),
       'params': params,
       'buffers': buffers,
-      'ema': jax.tree.map(jnp.copy, params) if ema else {},
+      'ema': jax.tree.map(jnp.copy, released(params)) if ema else {},
       'optimizer': to_dict(optimizer.init(params)),
   }
+
+
+def released(tree: dict) -> dict:
+  """Parameters or buffers but the discriminator's: what is averaged, fingerprinted, exported."""
+  return {name: part for name, part in tree.items() if name != 'discriminator'}
 
 
 def to_dict(tree: Any) -> dict:

@@ -15,16 +15,22 @@ from smalti.networks.pixels import to_float
 from smalti.tokenizers.quantizer import absorb, combine
 
 
-def inputs(batch: dict, tokenizer: Any | None) -> dict:
-  """Pixels to float; tokens by the frozen tokenizer, where the batch has none."""
+def inputs(batch: dict, frozen: dict | None = None) -> dict:
+  """Pixels to float; tokens by the frozen 'tokenizer', where the batch has none."""
   if 'image' in batch:
     batch = {**batch, 'image': to_float(batch['image'])}
+  tokenizer = (frozen or {}).get('tokenizer')
   if tokenizer is not None and 'tokens' not in batch:
     batch = {**batch, 'tokens': jax.lax.stop_gradient(tokenizer.encode(batch['image']))}
   return batch
 
 
-def train_step(state: dict, batch: dict, key: jax.Array, tokenizer: Any | None = None, *,
+def networks(frozen: dict | None) -> dict:
+  """The frozen networks that a loss finds in its batch, by name: all but the tokenizer."""
+  return {name: network for name, network in (frozen or {}).items() if name != 'tokenizer'}
+
+
+def train_step(state: dict, batch: dict, key: jax.Array, frozen: dict | None = None, *,
                structure: states.Structure, optimizer: optax.GradientTransformation,
                accumulate: int = 1, ema: float | None = None) -> tuple[dict, dict]:
   """One update. A step with a non-finite loss, gradient or statistic returns the state unchanged.
@@ -33,17 +39,18 @@ def train_step(state: dict, batch: dict, key: jax.Array, tokenizer: Any | None =
     state: step, params, buffers, ema, optimizer (see `launch/state.py`); donate it.
     batch: arrays with a leading batch axis; micro-batch i is rows i::accumulate.
     key: the key of all steps; the step is folded in, then the micro-batch.
-    tokenizer: encodes images where the batch holds no tokens.
+    frozen: modules that are not trained: 'tokenizer' encodes images where the batch holds no
+      tokens, the others are entries of the batch for the loss.
 
   Returns:
     The next state, and metrics: scalars, and `finite` (bool per name of `guarded`).
   """
-  batch, step = inputs(batch, tokenizer), state['step']
+  batch, step = inputs(batch, frozen), state['step']
   key = jax.random.fold_in(key, step)
 
   def loss(params, rows, key):
     model = structure.merge(params, state['buffers'])
-    return model.loss(rows, step=step, key=key, train=True)
+    return model.loss({**rows, **networks(frozen)}, step=step, key=key, train=True)
 
   def micro(rows, i):
     (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(
@@ -78,7 +85,8 @@ def train_step(state: dict, batch: dict, key: jax.Array, tokenizer: Any | None =
     average = state['ema']
     if ema is not None:
       decay = jnp.minimum(ema, (1.0 + step) / (10.0 + step))
-      average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+      average = jax.tree.map(
+          lambda a, p: decay * a + (1 - decay) * p, average, states.released(params))
     return {'step': step + 1, 'params': params, 'buffers': buffers, 'ema': average,
             'optimizer': states.to_dict(moments)}
 
@@ -94,9 +102,9 @@ def guarded(metrics: dict, params: dict, statistics: Any) -> list[str]:
 
 
 def eval_step(params: dict, buffers: dict, batch: dict, key: jax.Array,
-              tokenizer: Any | None = None, *, structure: states.Structure) -> tuple[Any, dict]:
+              frozen: dict | None = None, *, structure: states.Structure) -> tuple[Any, dict]:
   """(weight, metrics) of one held-out batch, without any randomness of training."""
   model = structure.merge(params, buffers)
-  value, aux = model.loss(inputs(batch, tokenizer), step=jnp.zeros((), jnp.int32), key=key,
-                          train=False)
+  value, aux = model.loss({**inputs(batch, frozen), **networks(frozen)},
+                          step=jnp.zeros((), jnp.int32), key=key, train=False)
   return jnp.asarray(aux['weight'], jnp.float32), {'loss': value, **aux['metrics']}

@@ -21,6 +21,7 @@ from smalti.launch import (
   cli,
   mesh as meshes,
   optimizer as optimizers,
+  perceptual,
   run as runs,
   state as states,
   step as steps,
@@ -77,12 +78,13 @@ class Job:
     self.tokenizer = _tokenizer(experiment, self.mesh)
     _check_tokens(self.source, self.tokenizer)
     self.spec = self.tokenizer.spec if self.tokenizer else None
+    self.frozen = _frozen(experiment, self.tokenizer, self.mesh)
     for change in runs.open_workdir(workdir, experiment, started=started):
       say(f'config: {change}')
     self.build = functools.partial(runs.build, experiment.model, self.spec)
     self.structure = states.structure(lambda: self.build(_rngs(0)))
     self.optimizer = optimizers.make(
-        experiment.optimizer, experiment.discriminator, experiment.steps)
+        experiment.optimizer, _discriminator(experiment), experiment.steps)
     self.rate = optimizers.schedule(experiment.optimizer, experiment.steps)
     self.state = self._state(init_from)
     self.start = int(self.state['step'])
@@ -126,9 +128,9 @@ class Job:
     if not hasattr(self.structure.merge(state['params'], state['buffers']), 'prepare'):
       return state
 
-    def prepare(params, buffers, batch, key, tokenizer):
+    def prepare(params, buffers, batch, key, frozen):
       model = self.structure.merge(params, buffers)
-      model.prepare(steps.inputs(batch, tokenizer), key=key)
+      model.prepare(steps.inputs(batch, frozen), key=key)
       return self.structure.split(model)
 
     batch = next(self.batches(0))
@@ -136,11 +138,11 @@ class Job:
     params, buffers = jax.jit(
         prepare, out_shardings=outputs, compiler_options=unoptimized())(
         state['params'], state['buffers'], batch, states.stream(self.experiment.seed, 'prepare'),
-        self.tokenizer and self.tokenizer.model)
+        self.frozen)
     keep = lambda path, old, new: old if _join(path) in copied else new  # noqa: E731
     params = jax.tree_util.tree_map_with_path(keep, state['params'], params)
     buffers = jax.tree_util.tree_map_with_path(keep, state['buffers'], buffers)
-    average = jax.tree.map(jnp.copy, params) if state['ema'] else {}
+    average = jax.tree.map(jnp.copy, states.released(params)) if state['ema'] else {}
     return {**state, 'params': params, 'buffers': buffers, 'ema': average}
 
   def batches(self, start: int) -> Any:
@@ -161,14 +163,13 @@ class Job:
     everywhere = meshes.replicated(self.mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere))
     key = jax.device_put(states.stream(experiment.seed, 'step'), everywhere)
-    tokenizer = self.tokenizer and self.tokenizer.model
-    arguments = self.state, next(self.batches(self.start)), key, tokenizer
+    arguments = self.state, next(self.batches(self.start)), key, self.frozen
     begin = time.perf_counter()
     with jax.set_mesh(self.mesh):
       compiled = jitted.lower(*arguments).compile()
       _, rows, _, _ = arguments
       shapes = jax.eval_shape(self._loss, self.state['params'], self.state['buffers'], rows, key,
-                              tokenizer)
+                              self.frozen)
     self.compile_seconds = time.perf_counter() - begin
     value, aux = shapes
     self.names = steps.guarded({'loss': value, **aux['metrics']}, self.state['params'],
@@ -181,11 +182,12 @@ class Job:
         f'per device {_mib(size(self.state["params"]))} parameters, '
         f'{_mib(size(self.state["optimizer"]))} optimizer, {_mib(size(self.state["ema"]))} ema, '
         f'{_mib(memory.temp_size_in_bytes)} temporary; compiled in {self.compile_seconds:.1f} s')
-    self.step = functools.partial(_call, compiled, key, tokenizer)
+    self.step = functools.partial(_call, compiled, key, self.frozen)
 
-  def _loss(self, params, buffers, rows, key, tokenizer):
+  def _loss(self, params, buffers, rows, key, frozen):
     return self.structure.merge(params, buffers).loss(
-        steps.inputs(rows, tokenizer), step=jnp.zeros((), jnp.int32), key=key, train=True)
+        {**steps.inputs(rows, frozen), **steps.networks(frozen)},
+        step=jnp.zeros((), jnp.int32), key=key, train=True)
 
   def evaluate(self) -> dict[str, float]:
     """Held-out metrics of the averaged weights, each the mean over what its loss counts.
@@ -195,7 +197,7 @@ class Job:
     """
     experiment, sums, total, examples = self.experiment, {}, 0.0, 0
     key = states.stream(experiment.seed, 'eval')
-    params = self.state['ema'] or self.state['params']
+    params = {**self.state['params'], **self.state['ema']}
     size = min(experiment.batch_size, len(self.held_out))
     count = len(self.held_out) if experiment.eval.batches is None else min(
         len(self.held_out), experiment.eval.batches * size)
@@ -209,7 +211,7 @@ class Job:
       rows = self.held_out.read(np.arange(offset, offset + share))
       weight, metrics = jax.device_get(self._evaluate(
           params, self.state['buffers'], meshes.put(self.mesh, rows), jax.random.fold_in(key, i),
-          self.tokenizer and self.tokenizer.model))
+          self.frozen))
       total, examples = total + weight, examples + number
       for name, value in metrics.items():
         sums[name] = sums.get(name, 0.0) + float(value) * weight
@@ -321,9 +323,9 @@ def unoptimized() -> dict | None:
   return {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
 
 
-def _call(compiled: Any, key: jax.Array, tokenizer: Any, state: dict, batch: dict) -> Any:
+def _call(compiled: Any, key: jax.Array, frozen: dict, state: dict, batch: dict) -> Any:
   try:
-    return compiled(state, batch, key, tokenizer)
+    return compiled(state, batch, key, frozen)
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
@@ -361,9 +363,44 @@ def _tokenizer(experiment: Experiment, mesh: jax.sharding.Mesh) -> runs.Loaded |
   if not hasattr(loaded.model, 'encode'):
     raise ValueError(f'{experiment.tokenizer} is a {runs.kind(loaded.model)}; name a tokenizer '
                      'with --config.tokenizer=RUN.')
-  structure = states.Structure.of(loaded.model)
-  leaves = jax.device_put(jax.device_get(structure.split(loaded.model)), meshes.replicated(mesh))
-  return dataclasses.replace(loaded, model=structure.merge(*leaves))
+  return dataclasses.replace(loaded, model=_everywhere(loaded.model, mesh))
+
+
+def _frozen(experiment: Experiment, tokenizer: runs.Loaded | None, mesh: jax.sharding.Mesh
+            ) -> dict[str, Any]:
+  """The networks that are arguments of the step, by name, on every device."""
+  frozen = {} if tokenizer is None else {'tokenizer': tokenizer.model}
+  judge = perceptual.load(experiment.model)
+  if judge is not None:
+    frozen['perceptual'] = _everywhere(judge, mesh)
+  return frozen
+
+
+def _everywhere(module: Any, mesh: jax.sharding.Mesh) -> Any:
+  """A module with its leaves on every device."""
+  structure = states.Structure.of(module)
+  return structure.merge(*jax.device_put(
+      jax.device_get(structure.split(module)), meshes.replicated(mesh)))
+
+
+def _discriminator(experiment: Experiment) -> Any:
+  """The discriminator's optimizer, which begins with the adversary; None without one.
+
+  Raises:
+    ValueError: it has a start of its own, or there is no discriminator.
+  """
+  adversary, options = getattr(experiment.model, 'adversary', None), experiment.discriminator
+  if adversary is None:
+    if options is not None:
+      raise ValueError('The experiment has an optimizer for a discriminator and its model none; '
+                       'give the model an adversary, or leave discriminator at none.')
+    return None
+  options = options or experiment.optimizer
+  if options.start not in (0, adversary.start):
+    raise ValueError(
+        f'discriminator.start={options.start} is not the first step of the adversary '
+        f'({adversary.start}); leave it at 0, which follows model.adversary.start.')
+  return dataclasses.replace(options, start=adversary.start)
 
 
 def _monitor(model: Any, rows: int) -> Monitor:
@@ -384,7 +421,7 @@ def _check_tokens(source: Any, tokenizer: runs.Loaded | None) -> None:
 
 def _initialize(state: dict, reference: str) -> set[str]:
   """Copies another run's averaged weights where path and shape agree; says what it did."""
-  loaded = runs.load(reference)
+  loaded = runs.load(reference, whole=True)
   structure = states.Structure.of(loaded.model)
   copied = set()
   for group, tree in zip(('params', 'buffers'), structure.split(loaded.model)):
@@ -404,7 +441,7 @@ def _initialize(state: dict, reference: str) -> set[str]:
         copied.add(path)
         say(f'init_from: copied {path} {leaf.shape}')
   if state['ema']:
-    state['ema'] = jax.tree.map(jnp.copy, state['params'])
+    state['ema'] = jax.tree.map(jnp.copy, states.released(state['params']))
   return copied
 
 

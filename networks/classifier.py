@@ -63,7 +63,7 @@ class Classifier(nnx.Module):
     if config.classes < 2 or not 0 <= config.smoothing < 1:
       raise ValueError(f'classes={config.classes} must be 2 or more, and smoothing='
                        f'{config.smoothing} in [0, 1).')
-    self.features = widths[-1]
+    self.features, self.widths = widths[-1], tuple(widths)
     self.input = conv(config.patch ** 2 * config.channels, widths[0], dtype=jnp.float32, rngs=rngs)
     self.levels = nnx.List([
         Level(width, width, blocks=config.blocks, attention=False, dropout=config.dropout,
@@ -88,6 +88,24 @@ class Classifier(nnx.Module):
       y = level(y, key=None if key is None else jax.random.fold_in(key, i), train=train)
     features = jnp.mean(self.norm(y), (1, 2))
     return features, self.output(features)
+
+  def taps(self, x: Float[Array, 'b h w c']) -> list[Float[Array, 'b _h _w _c']]:
+    """What the blocks of each level give, the last normalised; images of any multiple of factor.
+
+    Raises:
+      ValueError: images of another number of channels, or whose sides are no such multiple.
+    """
+    factor = self.patch * 2 ** (len(self.widths) - 1)
+    if x.shape[3] != self.channels or any(side % factor for side in x.shape[1:3]):
+      raise ValueError(f'Images of {x.shape[1:]} (height, width, channels) must have sides of a '
+                       f'multiple of {factor} and channels={self.channels}; crop or convert them.')
+    y, taps = self.input(space_to_depth(x, self.patch)), []
+    for level in self.levels:
+      for block in level.blocks:
+        y = block(y, key=None, train=False)
+      taps.append(y)
+      y = y if level.resize is None else level.resize(y)
+    return [*taps[:-1], self.norm(y)]
 
   def loss(self, batch: dict[str, Array], *, step: Array, key: Array, train: bool = True
            ) -> tuple[Array, dict[str, Any]]:

@@ -6,12 +6,14 @@ is a perceptual distance of its own: a loss may use one, a table must not call i
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+from smalti.networks.classifier import Classifier
 
 Net = Literal['vgg', 'alex', 'squeeze']
 CHANNELS: dict[Net, tuple[int, ...]] = {  # of each tap
@@ -36,9 +38,49 @@ class Perceptual(nnx.Module):
   def __call__(self, x: Float[Array, 'b h w 3'], y: Float[Array, 'b h w 3']) -> Float[Array, 'b']:
     """Distances of pairs of images in [-1, 1]."""
     # one pass for both, pairs side by side: over several devices, no row leaves its own
-    taps = self.trunk(jnp.stack([x, y], 1).reshape(-1, *x.shape[1:]))
-    return compare([tap[::2] for tap in taps], [tap[1::2] for tap in taps],
-                   [head.scale[...] for head in self.heads])
+    taps = self.taps(jnp.stack([x, y], 1).reshape(-1, *x.shape[1:]))
+    return compare([tap[::2] for tap in taps], [tap[1::2] for tap in taps], self.weights())
+
+  def taps(self, x: Float[Array, 'b h w 3']) -> list[Float[Array, 'b _h _w _c']]:
+    return self.trunk(x)
+
+  def weights(self) -> list[Float[Array, '_c']]:
+    return [head.scale[...] for head in self.heads]
+
+
+class ClassifierTaps(nnx.Module):
+  """The same distance in the features of a classifier, all channels weighing 1.
+
+  Images need not have the size the classifier was trained at: its convolutions take any.
+  """
+
+  def __init__(self, classifier: Classifier):
+    self.classifier = classifier
+
+  def taps(self, x: Float[Array, 'b h w c']) -> list[Float[Array, 'b _h _w _c']]:
+    return self.classifier.taps(x)
+
+  def weights(self) -> list[Float[Array, '_c']]:
+    return [jnp.ones(width) for width in self.classifier.widths]
+
+
+class Judge(nnx.Module):
+  """A distance as a loss: its gradient reaches the second image alone, and half the work is saved.
+
+  Attributes:
+    name: what its value may be called, such as 'lpips'.
+    network: Perceptual or ClassifierTaps, frozen.
+    channels: that the network takes; grey images are repeated.
+  """
+
+  def __init__(self, name: str, network: Any, *, channels: int = 3):
+    self.name, self.network, self.channels = name, network, channels
+
+  def __call__(self, x: Float[Array, 'b h w c'], y: Float[Array, 'b h w c']) -> Float[Array, 'b']:
+    """Distances of pairs of images in [-1, 1]."""
+    x, y = (jnp.repeat(z, self.channels // z.shape[3], 3) for z in (jax.lax.stop_gradient(x), y))
+    weights = jax.lax.stop_gradient(self.network.weights())
+    return compare(self.network.taps(x), self.network.taps(y), weights)
 
 
 def compare(x: Sequence[Float[Array, 'b _h _w _c']], y: Sequence[Float[Array, 'b _h _w _c']],

@@ -57,8 +57,8 @@ def test_online_encoding_and_stored_tokens_give_the_same_first_batch(tokenizer, 
     job = Job(experiment, tmp_path / f'run{i}', None)
     batch = next(job.batches(0))
     assert ('tokens' in batch) == (i == 1)
-    encode = jax.jit(lambda batch, model: inputs(batch, model))
-    first.append(jax.device_get(encode(batch, job.tokenizer.model)))
+    encode = jax.jit(lambda batch, frozen: inputs(batch, frozen))
+    first.append(jax.device_get(encode(batch, job.frozen)))
     job.close()
   for name in ('tokens', 'label', 'index'):
     np.testing.assert_array_equal(first[0][name], first[1][name])

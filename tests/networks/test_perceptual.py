@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 
 from smalti.networks import perceptual
-from smalti.networks.perceptual import CHANNELS, Perceptual, Trunk
+from smalti.networks.classifier import ClassifierConfig
+from smalti.networks.convnet import space_to_depth
+from smalti.networks.perceptual import CHANNELS, ClassifierTaps, Judge, Perceptual, Trunk
 
 
 @pytest.mark.parametrize(('net', 'count', 'sides'), [
@@ -90,3 +92,29 @@ def test_refusals():
   graph, state = nnx.split(nnx.eval_shape(lambda: Trunk('alex', rngs=nnx.Rngs(0))))
   with pytest.raises(ValueError, match='31 x 40 are too small'):
     jax.eval_shape(lambda s, x: nnx.merge(graph, s)(x), state, jnp.zeros((1, 31, 40, 3)))
+
+
+def test_a_judge_of_a_classifier_pulls_the_second_image_alone_at_any_size():
+  classifier = ClassifierConfig(
+      image_size=(8, 8), width=4, multipliers=(1, 2), patch=2).build(rngs=nnx.Rngs(0))
+  judge = Judge('perceptual_net', ClassifierTaps(classifier))
+  random = np.random.default_rng(0)
+  x, y = (jnp.asarray(random.uniform(-1, 1, (2, 12, 8, 1)), jnp.float32) for _ in range(2))
+
+  @jax.jit
+  def run(x, y):
+    x3, y3 = jnp.repeat(x, 3, 3), jnp.repeat(y, 3, 3)
+    z = classifier.input(space_to_depth(x3, 2))
+    first = classifier.levels[0].blocks[0](z, key=None, train=False)
+    want = perceptual.compare(classifier.taps(x3), classifier.taps(y3), [jnp.ones(4), jnp.ones(8)])
+    pulled = jax.grad(lambda x, y: jnp.sum(judge(x, y)), argnums=(0, 1))(x, y)
+    return judge(x, y), want, pulled, classifier.taps(x3), first, judge(x, x)
+
+  got, want, (none, pull), taps, first, same = run(x, y)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  assert (got > 0).all() and not same.any()
+  assert not none.any() and pull.any()
+  np.testing.assert_allclose(taps[0], first, atol=1e-6)
+  assert [tap.shape for tap in taps] == [(2, 6, 4, 4), (2, 3, 2, 8)]
+  with pytest.raises(ValueError, match='multiple of 4'):
+    classifier.taps(jnp.zeros((1, 10, 8, 3)))

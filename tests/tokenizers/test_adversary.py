@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from smalti.networks.classifier import ClassifierConfig
 from smalti.networks.discriminator import PatchDiscriminatorConfig
+from smalti.networks.perceptual import ClassifierTaps, Judge
 from smalti.tokenizers import adversary
 from smalti.tokenizers.adversary import AdversaryConfig, Lecam, tied
 from smalti.tokenizers.autoencoder import AutoencoderConfig
+from smalti.tokenizers.image import LossWeights
 from smalti.tokenizers.quantizer import Statistics, absorb, combine
 from smalti.tokenizers.scalar import FSQConfig
 
@@ -209,6 +212,25 @@ def test_other_weights_start_as_they_would_without_an_adversary():
 def test_impossible_settings_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):
     AdversaryConfig(**fields)
+
+
+def test_a_perceptual_distance_is_a_term_under_the_name_of_its_network():
+  classifier = ClassifierConfig(image_size=(8, 8), channels=1, width=4, multipliers=(1,), patch=2)
+  judge = Judge('perceptual_net', ClassifierTaps(classifier.build(rngs=nnx.Rngs(3))), channels=1)
+  weights = LossWeights(perceptual=0.5)
+  t = AutoencoderConfig(**SMALL, perceptual='proxy', weights=weights).build(rngs=nnx.Rngs(0))
+
+  @jax.jit
+  def run(t, judge, x):
+    y = t.decode_latents(t.quantizer(t.latents(x)).vectors)
+    return t.loss({'image': x, 'perceptual': judge}, step=0, key=jax.random.key(0),
+                  train=False), jnp.mean(judge(x, y))
+
+  (value, aux), distance = run(t, judge, IMAGES)
+  assert 'perceptual' not in aux['metrics']
+  np.testing.assert_allclose(aux['metrics']['perceptual_net'], distance, rtol=1e-5)
+  np.testing.assert_allclose(
+      value, aux['metrics']['reconstruction'] + 0.5 * distance, rtol=1e-5)
 
 
 def test_a_batch_without_the_network_of_its_perceptual_distance_is_refused():
