@@ -8,6 +8,7 @@ and LayerNorm that of BatchNorm, whose statistics differ between training and ev
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,9 +101,9 @@ class Recurrent(Quantizer):
              ) -> Float[Array, 'b n c']:
     """f of the levels before the first that `mask` leaves out; zeros where it leaves out all."""
     signs = jnp.where(unpack(tokens, len(self.factors)), 1.0, -1.0)
-    total, found, decoders = 0.0, [], self._decoders()
-    for i, sign in enumerate(jnp.split(signs, self.depth, -1)):
-      total = total + 2.0 ** -i * sign
+    total, found, decoders = jnp.zeros(()), [], self._decoders()
+    for i, level in enumerate(jnp.split(signs, self.depth, -1)):
+      total = total + 2.0 ** -i * level
       if mask is not None or i == self.depth - 1:
         found.append(decoders[i](total))
     if mask is None:
@@ -110,7 +111,7 @@ class Recurrent(Quantizer):
     return _chosen(found, jnp.sum(jnp.cumprod(mask.astype(jnp.int32), -1), -1))
 
   def _decoders(self) -> list[Callable[[Array], Array]]:
-    return [lambda b, f=f: normalize(f(b)) for f in self.decoders]
+    return [functools.partial(_onto_sphere, f) for f in self.decoders]
 
   def _draw_keep(self, batch: int, key: Array) -> Int[Array, 'b']:
     pick, draw = jax.random.split(key)
@@ -153,6 +154,10 @@ def binarize(x: Float[Array, '*b c'], first: Callable[[Array], Array],
 def sign(x: Float[Array, '*b m']) -> Float[Array, '*b m']:
   """-1 or 1, with gradient 1 where |x| <= 1 and 0 beyond."""
   return straight_through(jnp.clip(x, -1, 1), jnp.where(x > 0, 1.0, -1.0))
+
+
+def _onto_sphere(decode: Callable[[Array], Array], code: Array) -> Array:
+  return normalize(decode(code))
 
 
 def _chosen(found: list[Float[Array, 'b n c']], keep: Int[Array, 'b #n']) -> Float[Array, 'b n c']:

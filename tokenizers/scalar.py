@@ -141,7 +141,7 @@ class FSQ(Quantizer):
     passed = jax.random.uniform(drop, (batch, 1, 1)) < noise.drop
     chosen = (jax.random.uniform(gate, (batch, 1, 1)) < noise.gate) & (
         jax.random.uniform(pick, (batch, positions, 1)) < noise.corrupt)
-    others = jax.random.randint(draw, (batch, positions, 1), 0, *self.vocab)
+    others = jax.random.randint(draw, (batch, positions, 1), 0, self.vocab[0])
     return jnp.where(chosen, self.lookup(others), jnp.where(passed, bounded, vectors))
 
   def _centre(self) -> np.ndarray:
