@@ -27,7 +27,7 @@ from smalti.tokenizers.quantizer import (
   sg,
   straight_through,
 )
-from smalti.tokenizers.residual import draw_keep, numbered, selective
+from smalti.tokenizers.residual import numbered, selective
 from smalti.tokenizers.search import HIGHEST
 from smalti.tokenizers.statistics import diversity, segment_count
 
@@ -103,7 +103,8 @@ class MultiScale(Quantizer):
     if key is not None:
       key, *keys = jax.random.split(key, len(self.scales) + 1)
     if train and self.dropout:
-      keep = draw_keep(self.dropout, z.shape[0], len(self.scales), self.schedule, self.least, key)
+      keep = nested.draw_keep(
+          key, z.shape[0], len(self.scales), self.schedule, self.least, self.dropout)
     parts, statistics, power = [], None, jnp.mean(jnp.square(sg(z)))
     total = vectors = jnp.zeros_like(z)
     losses = {'commitment': jnp.zeros(()), 'codebook': jnp.zeros(())}

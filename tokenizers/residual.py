@@ -113,7 +113,8 @@ class Residual(Quantizer):
     if key is not None:
       key, *keys = jax.random.split(key, self.depth + 1)
     if train and self.dropout:
-      keep = draw_keep(self.dropout, z.shape[0], self.depth, self.schedule, self.least, key)
+      keep = nested.draw_keep(
+          key, z.shape[0], self.depth, self.schedule, self.least, self.dropout)
     parts, fractions, energies, statistics = [], [], [], None
     total = vectors = jnp.zeros_like(z)
     for i in range(self.depth):
@@ -235,16 +236,6 @@ def beam_search(z: Float[Array, 'n c'], tables: list[Float[Array, 'v c']], beam:
     tokens = jnp.concatenate([tokens, code[..., None]], -1)
   best = jnp.argmin(jnp.sum(jnp.square(rest), -1), -1)
   return jnp.take_along_axis(tokens, best[:, None, None], 1)[:, 0]
-
-
-def draw_keep(dropout: float, batch: int, levels: int, schedule: nested.Schedule, least: int,
-              key: Array | None) -> Int[Array, 'b']:
-  """How many levels each example keeps: drawn for a fraction `dropout` of them, else all."""
-  if key is None:
-    raise ValueError('key=None: dropout draws levels in training; pass a key, or dropout=0.')
-  pick, draw = jax.random.split(key)
-  keep = nested.draw_budget(draw, batch, levels, schedule, least)
-  return jnp.where(jax.random.uniform(pick, (batch,)) < dropout, keep, levels)
 
 
 def selective(quantizer: Quantizer) -> bool:

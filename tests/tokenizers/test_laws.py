@@ -27,6 +27,8 @@ from smalti.tokenizers.gumbel import GumbelConfig
 from smalti.tokenizers.ibq import IBQConfig
 from smalti.tokenizers.latent import LatentConfig
 from smalti.tokenizers.multiscale import MultiScaleConfig
+from smalti.tokenizers.nested import NestedConfig
+from smalti.tokenizers.partitioned import PartitionedConfig
 from smalti.tokenizers.projected import ProjectedConfig
 from smalti.tokenizers.quantizer import Statistics, absorb, combine
 from smalti.tokenizers.registers import RegisterTokenizerConfig
@@ -46,11 +48,13 @@ class Row:
   """A quantizer and what the laws must know about it.
 
   `soft(q, z)` is the differentiable map whose jacobian the straight-through vectors have. `draws`:
-  codes of training vectors are drawn, or depend on the other vectors.
+  codes of training vectors are drawn, or depend on the other vectors. `drops`: training keeps a
+  prefix of the codes of each example.
   """
   config: object
   soft: object = staticmethod(lambda q, z: z)
   draws: bool = False
+  drops: bool = False
 
 
 def turned(q, z):
@@ -95,6 +99,10 @@ QUANTIZERS = {
         ResidualConfig(quantizer=VQConfig(codes=32, dim=6, revival=0), levels=2, shared=True)),
     'multiscale_vq': Row(MultiScaleConfig(
         quantizer=VQConfig(codes=32, dim=4, update='gradient', revival=0), scales=(1, 4))),
+    'mcrvq': Row(PartitionedConfig(
+        quantizer=VQConfig(codes=32, dim=6, revival=0), levels=3, split=2, dropout=0)),
+    'nested': Row(NestedConfig(quantizer=FSQConfig(levels=(8, 5))),
+                  lambda q, z: q.coder.bound(z), drops=True),
     'product_vq': Row(GroupedConfig(quantizer=VQConfig(codes=32, dim=3, revival=0), groups=2)),
     'grvq': Row(GroupedConfig(groups=2, quantizer=ResidualConfig(
         quantizer=VQConfig(codes=32, dim=3, update='gradient', revival=0), levels=2))),
@@ -196,6 +204,14 @@ def test_lookup_returns_the_vectors_bit_for_bit(name):
   for run in (lambda f: f, jax.jit):
     out = run(lambda q, z: q(z, key=jax.random.key(0), train=True))(q, z)
     looked = run(lambda q, t: q.lookup(t))(q, out.tokens)
+    if QUANTIZERS[name].drops:  # each example is one of the prefixes that the spec promises
+      place = jnp.arange(len(q.vocab)) + jnp.zeros_like(out.tokens)
+      prefixes = [run(lambda q, t, m: q.lookup(t, mask=m))(q, out.tokens, place < k)
+                  for k in q.budgets]
+      found = [jnp.all(p == out.vectors, (1, 2)) for p in prefixes]
+      assert np.all(np.sum(found, 0) == 1) and np.all(np.any(found, 1))
+      np.testing.assert_array_equal(prefixes[-1], looked)
+      out = run(lambda q, z: q(z))(q, z)
     np.testing.assert_array_equal(looked, out.vectors)
 
 
