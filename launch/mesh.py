@@ -25,6 +25,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'attention/(key_value|qkv)/kernel', ('fsdp', None, 'tensor', None)),  # [c, 2, k, f]
     (r'attention/out/kernel', ('tensor', None, 'fsdp')),                    # [k, f, c]
     (r'gate_up/kernel', ('fsdp', None, 'tensor')),                          # [c, 2, hidden]
+    (r'up/kernel', ('fsdp', 'tensor')),                                     # [c, hidden]
     (r'down/kernel', ('tensor', 'fsdp')),                                   # [hidden, c]
     (r'head/kernel', ('fsdp', 'tensor')),                                   # [c, v]
     (r'embedding', ('fsdp',)),                                              # [v, c]
