@@ -20,13 +20,14 @@ from smalti.networks.flow import FlowTransformer, lean
 from smalti.networks.layers import Embedding, Linear, deviation
 from smalti.networks.pixels import to_float
 from smalti.networks.transformer import TransformerConfig
-from smalti.networks.vision import Projection, RegisterEncoder, patchify, unpatchify
+from smalti.networks.vision import RegisterEncoder, patchify, unpatchify
 from smalti.tokenizers import flow
 from smalti.tokenizers.flow import FlowSettings, Times
 from smalti.tokenizers.image import LossWeights, psnr
 from smalti.tokenizers.nested import Schedule, budgets, draw_budget
 from smalti.tokenizers.quantizer import QuantizerConfig
 from smalti.tokenizers.scalar import FSQConfig
+from smalti.tokenizers.search import HIGHEST
 from smalti.tokenizers.spec import TokenSpec
 from smalti.tokenizers.tokenizer import Tokenizer, TokenizerConfig
 from smalti.tokenizers.variational import VAEConfig, freeze
@@ -48,6 +49,10 @@ class FlexTokConfig(TokenizerConfig):
     encoder, decoder: the blocks; their dtype is this config's. Published are `lean(12)` twice,
       `lean(18)` twice, and `lean(18)` with `lean(28)`.
     quantizer: its vectors are a linear map of the registers, and are mapped back linearly.
+    reach: bound on the root mean square of a vector before the quantizer, over its channels: the
+      rows of the map to it have this length, whatever is learned. Without it FSQ's tanh saturates
+      in the first steps where the rate is high, all registers in one corner. None is the published
+      linear map.
     mask: 'causal' or 'full' attention among the encoder's registers.
     schedule: which prefixes are trained, see `nested.draw_budget`; None trains no prefix. The mode
       of the released models is not published; 'power' is good at powers of two alone.
@@ -65,6 +70,7 @@ class FlexTokConfig(TokenizerConfig):
   encoder: TransformerConfig = dataclasses.field(default_factory=lambda: lean(6, 192))
   decoder: TransformerConfig = dataclasses.field(default_factory=lambda: lean(6, 192))
   quantizer: QuantizerConfig = dataclasses.field(default_factory=FSQConfig)
+  reach: float | None = 2.0
   mask: Literal['causal', 'full'] = 'causal'
   schedule: Schedule | None = 'uniform'
   null: float = 0.1
@@ -107,7 +113,9 @@ class FlexTok(Tokenizer):
     self.encoder = RegisterEncoder(
         down, channels=features, patch=config.patch, grid=self.grid, registers=config.registers,
         mask=config.mask, spread=0.02, rngs=rngs)
-    self.reduce = Projection(down, down.width, q.dim, rngs=rngs)
+    self.reach = config.reach
+    self.reduce = Linear(down.width, q.dim, bias=config.reach is None, dtype=config.dtype,
+                         std=deviation(down.width, q.dim), result='float32', rngs=rngs)
     self.quantizer = q
     self.expand = Linear(q.dim, up.width, bias=True, std=deviation(q.dim, up.width), rngs=rngs)
     self.places = Embedding(config.registers, up.width, rngs=rngs)
@@ -142,7 +150,14 @@ class FlexTok(Tokenizer):
               ) -> Float[Array, 'b n f']:
     """What the quantizer is given: one vector per register."""
     x = unpatchify(self.patches(x), self.grid, self.patch)
-    return self.reduce(self.encoder(x, key=key, train=train))
+    features = self.encoder(x, key=key, train=train)
+    if self.reach is None:
+      return self.reduce(features)
+    kernel = self.reduce.kernel[...]
+    rows = kernel * jax.lax.rsqrt(jnp.maximum(jnp.sum(kernel * kernel, 0), 1e-12))
+    # features leave a layer norm, so their length is the root of their number
+    length = self.reach * (kernel.shape[1] / kernel.shape[0]) ** 0.5
+    return length * jnp.matmul(features.astype(jnp.float32), rows, precision=HIGHEST)
 
   def encode(self, x: Array, *, keys: Array | None = None) -> Int[Array, 'b n d']:
     del keys  # nothing is drawn
@@ -242,6 +257,8 @@ class FlexTok(Tokenizer):
 
 
 def _check(config: FlexTokConfig) -> None:
+  if config.reach is not None and config.reach <= 0:
+    raise ValueError(f'reach={config.reach} must be positive, or None for no bound.')
   if not 0 <= config.null < 1:
     raise ValueError(f'null={config.null} must be at least 0 and below 1.')
   if config.times not in ('logit_normal', 'uniform'):

@@ -91,6 +91,18 @@ def test_a_register_depends_on_those_before_it_alone():
   assert np.all(moved[:2] == 0) and np.all(moved[2:] > 1e-5)
 
 
+def test_vectors_before_the_quantizer_stay_within_reach():
+  model = tokenizer()
+  latents = jax.jit(lambda m: m.latents(images()))
+  for scale in (1.0, 1e3):  # weights that grow, or a direction that all registers take
+    model.reduce.kernel[...] *= scale
+    z = latents(model)
+    assert np.sqrt(np.mean(np.square(z), -1)).max() < 2.0 * 1.5 and np.abs(z).max() > .05
+  free = dataclasses.replace(CONFIG, reach=None).build(rngs=nnx.Rngs(0))
+  free.reduce.kernel[...] *= 1e3
+  assert np.abs(latents(free)).max() > 100
+
+
 def test_noise_belongs_to_its_example():
   model = tokenizer()
   tokens = jitted.encode(model, images())
@@ -155,8 +167,8 @@ def test_a_vae_gets_no_gradient_and_is_no_parameter():
 
 @pytest.mark.parametrize('changes, said', [
     (dict(patch=3), 'must divide'), (dict(decoder=lean(1, 34)), 'multiple of 4'),
-    (dict(null=1.0), 'below 1'), (dict(times='cosine'), 'logit_normal or uniform'),
-    (dict(schedule='half'), 'one of uniform'),
+    (dict(null=1.0), 'below 1'), (dict(reach=0.0), 'must be positive'),
+    (dict(times='cosine'), 'logit_normal or uniform'), (dict(schedule='half'), 'one of uniform'),
     (dict(vae=VAEConfig(image_size=(8, 8), channels=1)), 'must be those of the vae')])
 def test_what_cannot_be_built_is_refused(changes, said):
   with pytest.raises(ValueError, match=said):
