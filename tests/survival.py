@@ -2,13 +2,13 @@
 
   python tests/survival.py      # half an hour on two cores; writes docs/results/survival.json
 
-A tokenizer run (digits_vq) and a generator run (digits_masked) are each trained once undisturbed
-and once under ten SIGKILLs and ten SIGTERMs: between steps, inside a checkpoint write, while the
-step compiles, while a checkpoint is restored, during an evaluation. After every one all checkpoints
-must be whole, and SIGTERM must have saved the last step and ended with 75. At the end every leaf
-and every logged loss must be those of the undisturbed run, bit for bit. Then 200 bits are flipped
-in the files of a checkpoint, and the disk is full from the first, the second, ... the tenth write
-of a checkpoint on.
+A tokenizer run (digits_vq), one against a discriminator (adversarial) and a generator run
+(digits_masked) are each trained once undisturbed and once under ten SIGKILLs and ten SIGTERMs:
+between steps, inside a checkpoint write, while the step compiles, while a checkpoint is restored,
+during an evaluation. After every one all checkpoints must be whole, and SIGTERM must have saved the
+last step and ended with 75. At the end every leaf and every logged loss must be those of the
+undisturbed run, bit for bit. Then 200 bits are flipped in the files of a checkpoint, and the disk
+is full from the first, the second, ... the tenth write of a checkpoint on.
 
 The runs say in their log where they are ('@ write begins 35'); what a kill met is read from there
 and from the folder left behind, never assumed.
@@ -305,26 +305,27 @@ def main() -> None:
   scratch = pathlib.Path(tempfile.mkdtemp(prefix='survival-'))
   environment = compiled_once(scratch)
   size = {'steps': options.steps, 'every': options.every, 'environment': environment}
-  vq = ['--config=digits_vq:debug']
+  vq, adversarial = ['--config=digits_vq:debug'], ['--config=adversarial:debug']
   masked = ['--config=digits_masked:debug',
             f'--config.tokenizer={scratch / "digits_vq-straight"}']
   plan = [(number, MOMENTS[i % len(MOMENTS)]) for i in range(options.kills)
           for number in (signal.SIGKILL, signal.SIGTERM)]
   results = {}
-  for name, arguments in (('digits_vq', vq), ('digits_masked', masked)):
+  runs = {'digits_vq': vq, 'adversarial': adversarial, 'digits_masked': masked}
+  for name, arguments in runs.items():
     results[name] = kill_run(
         name, arguments, scratch, plan=plan, seed=options.seed, **size)
   results['flipped_bits'] = flip_bits(
       scratch / 'digits_vq-straight', scratch, count=options.flips, seed=options.seed)
   results['full_disk'] = fill_disk(
       scratch / 'digits_vq-straight', vq, scratch, writes=options.writes, **size)
-  for name in ('digits_vq', 'digits_masked'):  # a line each
+  for name in runs:  # a line each
     results[name]['events'] = [', '.join(f'{k} {v}' for k, v in event.items())
                                for event in results[name]['events']]
-  writes = sum(results[name]['inside_a_write'] for name in ('digits_vq', 'digits_masked'))
+  writes = sum(results[name]['inside_a_write'] for name in runs)
   assert writes >= 5, f'only {writes} signals met a checkpoint write'
   for moment in ('compile', 'restore'):
-    assert any(results[name]['met'].get(moment) for name in ('digits_vq', 'digits_masked')), moment
+    assert any(results[name]['met'].get(moment) for name in runs), moment
   provenance.record(options.out, ['python', 'tests/survival.py', *sys.argv[1:]], results,
                     seed=options.seed,
                     libraries=('orbax-checkpoint', 'tensorstore', 'grain'),
