@@ -2,13 +2,15 @@
 
 Esser et al. 2021, arXiv 2012.09841 (CompVis/taming-transformers, reproduced by LlamaGen with the
 same layers): a 3x3 stem, per level residual blocks and a stride-2 convolution, a middle, and the
-mirror image with nearest-neighbour upsampling. Only dense 2-D convolutions: native transposed,
+mirror image with nearest-neighbour upsampling. `ConvOptions` are what MaskGIT and Open-MAGVIT2 do
+otherwise. Only dense 2-D convolutions: native transposed,
 grouped and depthwise ones are 5-90 times slower on CPUs. GroupNorm statistics, attention
 weights and the decoder's last convolution are float32 whatever the compute dtype.
 """
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,39 @@ def kernel_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, *_
   return jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound).reshape(shape)
 
 
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ConvOptions:
+  """Where the networks of this family differ; the defaults are those of taming-transformers.
+
+  MaskGIT's are ConvOptions(bias=False, extra=0, pointwise=True, down='pool'); Open-MAGVIT2 has
+  ConvOptions(bias=False, middle=4, extra=0, pointwise=True, up='shuffle', adaptive=True), and pads
+  its stride-2 convolutions on all sides.
+
+  Attributes:
+    bias: of the stem and of residual blocks.
+    middle: residual blocks at the coarsest resolution, 2 or more; attention follows the first.
+    extra: how many more residual blocks a level of the decoder has than one of the encoder.
+    pointwise: the encoder ends in a 1x1 convolution instead of a 3x3 one.
+    down: 'conv' of stride 2, or 'pool', means of 2 x 2 pixels.
+    up: 'nearest' neighbours and a convolution, or 'shuffle', a convolution to four times the
+      channels, which become 2 x 2 pixels.
+    adaptive: before each level of the decoder, a norm whose gain and shift are linear in the
+      deviation and the mean of the latents over the image: decoding a part of an image, or a
+      prefix, then depends on the rest.
+  """
+  bias: bool = True
+  middle: int = 2
+  extra: int = 1
+  pointwise: bool = False
+  down: Literal['conv', 'pool'] = 'conv'
+  up: Literal['nearest', 'shuffle'] = 'nearest'
+  adaptive: bool = False
+
+  def __post_init__(self):
+    if self.middle < 2 or self.extra < 0:
+      raise ValueError(f'middle={self.middle} must be 2 or more, and extra={self.extra} 0 or more.')
+
+
 class ConvEncoder(nnx.Module):
   """Images to a grid of features, smaller by `patch * 2 ** (len(multipliers) - 1)` on each side.
 
@@ -39,30 +74,35 @@ class ConvEncoder(nnx.Module):
     attention: levels whose blocks are followed by attention; the middle is where the last one is.
     patch: 1 is the 3x3 stem; above, patches of patch x patch pixels are projected linearly.
     dropout: in the residual blocks.
+    layers: what the layers are.
     dtype: compute dtype; parameters are float32.
   """
 
   def __init__(self, *, channels: int, features: int, width: int, multipliers: tuple[int, ...],
                blocks: int, attention: tuple[int, ...] = (), patch: int = 1, dropout: float = 0.0,
-               dtype: Any = jnp.float32, rngs: nnx.Rngs):
+               layers: ConvOptions | None = None, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    layers = layers or ConvOptions()
     self.patch, self.dtype = patch, dtype
     if patch == 1:
-      self.input: Any = conv(channels, width, dtype=dtype, rngs=rngs)
+      self.input: Any = conv(channels, width, bias=layers.bias, dtype=dtype, rngs=rngs)
     else:
-      self.input = nnx.Linear(patch * patch * channels, width, dtype=dtype, kernel_init=kernel_init,
-                             rngs=rngs)
+      self.input = linear(patch * patch * channels, width, bias=layers.bias, dtype=dtype, rngs=rngs)
+    down: Any = Down if layers.down == 'conv' else Pool
     self.levels = nnx.List([])
     inside = width
     for i, multiplier in enumerate(multipliers):
       outside, last = width * multiplier, i == len(multipliers) - 1
       self.levels.append(Level(
           inside, outside, blocks=blocks, attention=i in attention, dropout=dropout,
-          resize=None if last else Down(outside, dtype=dtype, rngs=rngs), dtype=dtype, rngs=rngs))
+          resize=None if last else down(outside, dtype=dtype, rngs=rngs), bias=layers.bias,
+          dtype=dtype, rngs=rngs))
       inside = outside
-    self.middle = Middle(inside, attention=len(multipliers) - 1 in attention, dropout=dropout,
-                         dtype=dtype, rngs=rngs)
+    self.middle = Middle(
+        inside, blocks=layers.middle, attention=len(multipliers) - 1 in attention, dropout=dropout,
+        bias=layers.bias, dtype=dtype, rngs=rngs)
     self.norm = Norm(inside, rngs=rngs)
-    self.output = conv(inside, features, dtype=dtype, rngs=rngs)
+    last_layer: Any = linear if layers.pointwise else conv
+    self.output = last_layer(inside, features, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: Float[Array, 'b h w c'], *, key: Array | None = None,
                train: bool = False) -> Float[Array, 'b x y f']:
@@ -78,18 +118,24 @@ class ConvDecoder(nnx.Module):
 
   def __init__(self, *, channels: int, features: int, width: int, multipliers: tuple[int, ...],
                blocks: int, attention: tuple[int, ...] = (), patch: int = 1, dropout: float = 0.0,
-               dtype: Any = jnp.float32, rngs: nnx.Rngs):
+               layers: ConvOptions | None = None, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    layers = layers or ConvOptions()
     self.patch, self.dtype = patch, dtype
     inside = width * multipliers[-1]
     self.input = conv(features, inside, dtype=dtype, rngs=rngs)
-    self.middle = Middle(inside, attention=len(multipliers) - 1 in attention, dropout=dropout,
-                         dtype=dtype, rngs=rngs)
-    self.levels = nnx.List([])
+    self.middle = Middle(
+        inside, blocks=layers.middle, attention=len(multipliers) - 1 in attention, dropout=dropout,
+        bias=layers.bias, dtype=dtype, rngs=rngs)
+    up: Any = Up if layers.up == 'nearest' else Shuffle
+    self.levels, self.adaptive = nnx.List([]), nnx.List([])
     for i in reversed(range(len(multipliers))):
       outside = width * multipliers[i]
+      if layers.adaptive:
+        self.adaptive.append(AdaptiveNorm(inside, features, rngs=rngs))
       self.levels.append(Level(
-          inside, outside, blocks=blocks + 1, attention=i in attention, dropout=dropout,
-          resize=Up(outside, dtype=dtype, rngs=rngs) if i else None, dtype=dtype, rngs=rngs))
+          inside, outside, blocks=blocks + layers.extra, attention=i in attention, dropout=dropout,
+          resize=up(outside, dtype=dtype, rngs=rngs) if i else None, bias=layers.bias, dtype=dtype,
+          rngs=rngs))
       inside = outside
     self.norm = Norm(inside, rngs=rngs)
     self.output = conv(inside, patch * patch * channels, dtype=jnp.float32, rngs=rngs)
@@ -101,9 +147,11 @@ class ConvDecoder(nnx.Module):
   def trunk(self, x: Float[Array, 'b x y f'], *, key: Array | None = None, train: bool = False
             ) -> Float[Array, 'b _h _w c']:
     """All layers but the last convolution."""
+    latents = x
     x = self.input(x.astype(self.dtype))
     x = self.middle(x, key=fold(key, len(self.levels)), train=train)
     for i, level in enumerate(self.levels):
+      x = self.adaptive[i](x, latents) if self.adaptive else x
       x = level(x, key=fold(key, i), train=train)
     return self.norm(x).astype(jnp.float32)
 
@@ -116,9 +164,10 @@ class Level(nnx.Module):
   """Residual blocks of one resolution, attention after each if asked for, then a resize."""
 
   def __init__(self, inside: int, outside: int, *, blocks: int, attention: bool, dropout: float,
-               resize: nnx.Module | None, dtype: Any, rngs: nnx.Rngs):
+               resize: nnx.Module | None, bias: bool = True, dtype: Any, rngs: nnx.Rngs):
     self.blocks = nnx.List([
-        Residual(outside if i else inside, outside, dropout=dropout, dtype=dtype, rngs=rngs)
+        Residual(outside if i else inside, outside, dropout=dropout, bias=bias, dtype=dtype,
+                 rngs=rngs)
         for i in range(blocks)])
     self.attention = nnx.List([
         Attention(outside, dtype=dtype, rngs=rngs) for _ in range(blocks if attention else 0)])
@@ -134,31 +183,39 @@ class Level(nnx.Module):
 
 
 class Middle(nnx.Module):
-  """Residual block, attention if asked for, residual block."""
+  """Residual block, attention if asked for, residual blocks."""
 
-  def __init__(self, features: int, *, attention: bool, dropout: float, dtype: Any,
-               rngs: nnx.Rngs):
-    self.first = Residual(features, features, dropout=dropout, dtype=dtype, rngs=rngs)
+  def __init__(self, features: int, *, blocks: int = 2, attention: bool, dropout: float,
+               bias: bool = True, dtype: Any, rngs: nnx.Rngs):
+    def block() -> Residual:
+      return Residual(features, features, dropout=dropout, bias=bias, dtype=dtype, rngs=rngs)
+
+    self.first = block()
     self.attention = Attention(features, dtype=dtype, rngs=rngs) if attention else None
-    self.second = Residual(features, features, dropout=dropout, dtype=dtype, rngs=rngs)
+    self.second = block()
+    self.rest = nnx.List([block() for _ in range(blocks - 2)])
 
   def __call__(self, x: Float[Array, 'b h w c'], *, key: Array | None, train: bool
                ) -> Float[Array, 'b h w c']:
     x = self.first(x, key=fold(key, 0), train=train)
     if self.attention is not None:
       x = self.attention(x)
-    return self.second(x, key=fold(key, 1), train=train)
+    for i, block in enumerate([self.second, *self.rest]):
+      x = block(x, key=fold(key, i + 1), train=train)
+    return x
 
 
 class Residual(nnx.Module):
   """x + conv(swish(norm(conv(swish(norm(x)))))), 1x1 on the skip when the channels change."""
 
-  def __init__(self, inside: int, outside: int, *, dropout: float, dtype: Any, rngs: nnx.Rngs):
+  def __init__(self, inside: int, outside: int, *, dropout: float, bias: bool = True, dtype: Any,
+               rngs: nnx.Rngs):
     self.norm1 = Norm(inside, rngs=rngs)
-    self.conv1 = conv(inside, outside, dtype=dtype, rngs=rngs)
+    self.conv1 = conv(inside, outside, bias=bias, dtype=dtype, rngs=rngs)
     self.norm2 = Norm(outside, rngs=rngs)
-    self.conv2 = conv(outside, outside, dtype=dtype, rngs=rngs)
-    self.skip = None if inside == outside else linear(inside, outside, dtype=dtype, rngs=rngs)
+    self.conv2 = conv(outside, outside, bias=bias, dtype=dtype, rngs=rngs)
+    self.skip = None if inside == outside else linear(
+        inside, outside, bias=bias, dtype=dtype, rngs=rngs)
     self.dropout = dropout
 
   def __call__(self, x: Float[Array, 'b h w c'], *, key: Array | None, train: bool
@@ -198,17 +255,42 @@ class Norm(nnx.Module):
     self.bias = nnx.Param(jnp.zeros(features))
 
   def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b h w c']:
-    # Moments per channel, then per group: reducing views of [h, w, group] takes 3-4 times longer.
     y = x.astype(jnp.float32)
-    mean = self._per_group(jnp.mean(y, (1, 2), keepdims=True))
-    variance = self._per_group(jnp.mean(jnp.square(y - mean), (1, 2), keepdims=True))
+    mean, variance = moments(y, self.groups)
     gain = jax.lax.rsqrt(variance + 1e-6) * self.scale[...]  # 1e-6 as in taming-transformers
     y = (y - mean) * gain + self.bias[...]
     return (jax.nn.swish(y) if self.swish else y).astype(x.dtype)
 
-  def _per_group(self, x: Float[Array, 'b 1 1 c']) -> Float[Array, 'b 1 1 c']:
-    means = jnp.mean(x.reshape(x.shape[0], 1, 1, self.groups, -1), -1)
-    return jnp.repeat(means, x.shape[-1] // self.groups, -1)
+
+class AdaptiveNorm(nnx.Module):
+  """GroupNorm whose gain and shift are linear in the latents' deviation and mean over the image."""
+
+  def __init__(self, features: int, latents: int, *, rngs: nnx.Rngs):
+    self.groups = math.gcd(32, features)
+    self.gain, self.shift = (linear(latents, features, dtype=jnp.float32, rngs=rngs)
+                             for _ in range(2))
+
+  def __call__(self, x: Float[Array, 'b h w c'], latents: Float[Array, 'b _h _w f']
+               ) -> Float[Array, 'b h w c']:
+    y, z = x.astype(jnp.float32), latents.astype(jnp.float32)
+    mean, variance = moments(y, self.groups)
+    deviation = jnp.sqrt(jnp.var(z, (1, 2), keepdims=True) + 1e-6)
+    gain, shift = self.gain(deviation), self.shift(jnp.mean(z, (1, 2), keepdims=True))
+    return ((y - mean) * jax.lax.rsqrt(variance + 1e-6) * gain + shift).astype(x.dtype)
+
+
+def moments(x: Float[Array, 'b h w c'], groups: int
+            ) -> tuple[Float[Array, 'b 1 1 c'], Float[Array, 'b 1 1 c']]:
+  """Mean and variance of the group of every channel, over the image.
+
+  Per channel, then per group: reducing views of [h, w, group] takes 3-4 times longer.
+  """
+  def spread(each: Float[Array, 'b 1 1 c']) -> Float[Array, 'b 1 1 c']:
+    means = jnp.mean(each.reshape(each.shape[0], 1, 1, groups, -1), -1)
+    return jnp.repeat(means, each.shape[-1] // groups, -1)
+
+  mean = spread(jnp.mean(x, (1, 2), keepdims=True))
+  return mean, spread(jnp.mean(jnp.square(x - mean), (1, 2), keepdims=True))
 
 
 class Down(nnx.Module):
@@ -220,6 +302,27 @@ class Down(nnx.Module):
 
   def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b x y c']:
     return self.conv(x)
+
+
+class Pool(nnx.Module):
+  """Half the resolution: means of 2 x 2 pixels; nothing is learned."""
+
+  def __init__(self, features: int, *, dtype: Any, rngs: nnx.Rngs):
+    del features, dtype, rngs
+
+  def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b x y c']:
+    b, h, w, c = x.shape
+    return jnp.mean(x.reshape(b, h // 2, 2, w // 2, 2, c), (2, 4))
+
+
+class Shuffle(nnx.Module):
+  """Twice the resolution: a 3x3 convolution to four times the channels, which become pixels."""
+
+  def __init__(self, features: int, *, dtype: Any, rngs: nnx.Rngs):
+    self.conv = conv(features, 4 * features, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b x y c']:
+    return depth_to_space(self.conv(x), 2)
 
 
 class Up(nnx.Module):
@@ -234,16 +337,17 @@ class Up(nnx.Module):
     return self.conv(x.reshape(b, 2 * h, 2 * w, c))
 
 
-def conv(inside: int, outside: int, *, strides: int = 1, padding: Any = 'SAME', dtype: Any,
-         rngs: nnx.Rngs) -> nnx.Conv:
+def conv(inside: int, outside: int, *, strides: int = 1, padding: Any = 'SAME', bias: bool = True,
+         dtype: Any, rngs: nnx.Rngs) -> nnx.Conv:
   """A 3x3 convolution."""
-  return nnx.Conv(inside, outside, (3, 3), strides=strides, padding=padding, dtype=dtype,
-                  kernel_init=kernel_init, rngs=rngs)
+  return nnx.Conv(inside, outside, (3, 3), strides=strides, padding=padding, use_bias=bias,
+                  dtype=dtype, kernel_init=kernel_init, rngs=rngs)
 
 
-def linear(inside: int, outside: int, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(inside: int, outside: int, *, bias: bool = True, dtype: Any, rngs: nnx.Rngs
+           ) -> nnx.Linear:
   """A 1x1 convolution, as the matrix product it is."""
-  return nnx.Linear(inside, outside, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
+  return nnx.Linear(inside, outside, use_bias=bias, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
 
 
 def space_to_depth(x: Float[Array, 'b h w c'], patch: int) -> Float[Array, 'b x y d']:

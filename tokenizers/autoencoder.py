@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from smalti.networks.convnet import ConvDecoder, ConvEncoder
+from smalti.networks.convnet import ConvDecoder, ConvEncoder, ConvOptions
 from smalti.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
 
 
@@ -27,6 +27,7 @@ class AutoencoderConfig(ImageTokenizerConfig):
     attention: resolutions (the shorter side, in features) with attention, such as (16,).
     patch: 1 for a 3x3 stem, else the side of linearly projected patches.
     dropout: in the residual blocks.
+    layers: taming-transformers', unless MaskGIT's or Open-MAGVIT2's are asked for.
   """
   width: int = 32
   multipliers: tuple[int, ...] = (1, 2, 2)
@@ -34,6 +35,7 @@ class AutoencoderConfig(ImageTokenizerConfig):
   attention: tuple[int, ...] = ()
   patch: int = 1
   dropout: float = 0.0
+  layers: ConvOptions = dataclasses.field(default_factory=ConvOptions)
 
   def build(self, *, rngs: nnx.Rngs) -> 'Autoencoder':
     return Autoencoder(self, rngs=rngs)
@@ -57,7 +59,7 @@ class Autoencoder(ImageTokenizer):
         channels=config.channels, features=q.dim, width=config.width,
         multipliers=tuple(config.multipliers), blocks=config.blocks, patch=config.patch,
         attention=tuple(i for i, r in enumerate(resolutions) if r in config.attention),
-        dropout=config.dropout, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        dropout=config.dropout, layers=config.layers, dtype=jnp.dtype(config.dtype), rngs=rngs)
     self.encoder, self.decoder = ConvEncoder(**options), ConvDecoder(**options)
     self.setup(config, q, tuple(s // sides[-1] for s in size), rngs=rngs)
 

@@ -7,10 +7,14 @@ import pytest
 from flax import nnx
 
 from smalti.networks.convnet import (
+  AdaptiveNorm,
   Attention,
   ConvDecoder,
   ConvEncoder,
+  ConvOptions,
   Norm,
+  Pool,
+  Shuffle,
   Up,
   depth_to_space,
   kernel_init,
@@ -29,8 +33,13 @@ def flat(module):
   return {'/'.join(map(str, path)): v[...] for path, v in nnx.to_flat_state(nnx.state(module))}
 
 
+MASKGIT = ConvOptions(bias=False, extra=0, pointwise=True, down='pool')
+MAGVIT = ConvOptions(bias=False, middle=4, extra=0, pointwise=True, up='shuffle', adaptive=True)
+
+
 @pytest.mark.parametrize('changes,factor', [
-    ({}, 4), (dict(patch=2, attention=(2,)), 8), (dict(multipliers=(1,), patch=4), 4)])
+    ({}, 4), (dict(patch=2, attention=(2,)), 8), (dict(multipliers=(1,), patch=4), 4),
+    (dict(layers=MASKGIT), 4), (dict(layers=MAGVIT), 4)])
 def test_portrait_images_come_back_at_their_size(changes, factor):
   encoder, decoder = pair(**changes)
   x = jnp.zeros((2, 48, 32, 3))
@@ -74,6 +83,28 @@ def test_upsampling_repeats_pixels_first(key):
   x = jax.random.normal(key, (1, 3, 2, 4))
   np.testing.assert_allclose(
       up(x), up.conv(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)), atol=1e-6)
+
+
+def test_other_resizes_are_their_definitions(key):
+  x = jax.random.normal(key, (1, 4, 6, 4))
+  pooled = Pool(4, dtype=jnp.float32, rngs=nnx.Rngs(0))(x)
+  np.testing.assert_allclose(pooled[0, 1, 2], x[0, 2:4, 4:6].mean((0, 1)), atol=1e-6)
+  up = Shuffle(4, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  y, wide = up(x), up.conv(x)
+  np.testing.assert_array_equal(y[0, 3, 4], wide[0, 1, 2, 8:12])  # row 1, column 0 of the pixel
+
+
+def test_adaptive_norm_takes_gain_and_shift_from_the_latents(key):
+  norm = AdaptiveNorm(8, 3, rngs=nnx.Rngs(0))
+  x, z = (jax.random.normal(k, shape) for k, shape in zip(
+      jax.random.split(key), ((2, 4, 4, 8), (2, 5, 3, 3))))
+  flat = np.asarray(z, np.float64).reshape(2, 15, 3)
+  gain, shift = (each @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])
+                 for each, layer in ((flat.std(1), norm.gain), (flat.mean(1), norm.shift)))
+  y = np.asarray(x, np.float64)
+  y = (y - y.mean((1, 2), keepdims=True)) / y.std((1, 2), keepdims=True)  # 8 groups of 8 channels
+  want = y * gain[:, None, None] + shift[:, None, None]
+  np.testing.assert_allclose(norm(x, z), want, atol=1e-4)
 
 
 def test_kernels_start_like_pytorch():

@@ -10,7 +10,9 @@ import optax
 import pytest
 from flax import nnx
 
+from smalti.networks.convnet import ConvOptions
 from smalti.tokenizers.autoencoder import AutoencoderConfig
+from smalti.tokenizers.binary import LFQConfig
 from smalti.tokenizers.image import LossWeights, psnr
 from smalti.tokenizers.projected import ProjectedConfig
 from smalti.tokenizers.quantizer import absorb
@@ -37,6 +39,23 @@ def test_published_parameter_counts(codes, dim, cosine, published):
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
   assert round(count / 1e6, 1) == published
   assert model.spec.grid == (16, 16) and model.spec.vocab == (codes,)
+
+
+def test_parameter_counts_of_other_layers():
+  """MaskGIT's constructor has 54,515,587: where channels change, its shortcut is a 1x1 convolution
+  of the block's own output and not of its input, with 81,920 weights more."""
+  maskgit = ConvOptions(bias=False, extra=0, pointwise=True, down='pool')
+  magvit = ConvOptions(
+      bias=False, middle=4, extra=0, pointwise=True, up='shuffle', adaptive=True)
+  for layers, blocks, quantizer, published in (
+      (maskgit, 2, VQConfig(codes=1024, dim=256, update='gradient'), 54_515_587 - 81_920),
+      (magvit, 4, LFQConfig(bits=18), 115_127_829)):
+    config = AutoencoderConfig(
+        image_size=(256, 256), width=128, multipliers=(1, 1, 2, 2, 4), blocks=blocks,
+        layers=layers, quantizer=quantizer)
+    model = nnx.eval_shape(lambda config=config: config.build(rngs=nnx.Rngs(0)))
+    assert sum(
+        math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param))) == published
 
 
 def test_psnr_of_known_images():
