@@ -73,7 +73,8 @@ class Grouped(Quantizer):
         statistics = combine(statistics, {'parts': {name: outs[g].statistics}})
     vectors = jnp.concatenate([out.vectors for out in outs], -1)
     tokens = jnp.stack([out.tokens for out in outs], -1).reshape(*z.shape[:2], -1)
-    losses = {name: sum(out.losses[name] for out in outs) / self.groups for name in outs[0].losses}
+    losses = {name: jnp.mean(jnp.stack([out.losses[name] for out in outs]))
+              for name in outs[0].losses}
     metrics = numbered([out.metrics for out in outs],
                        np.arange(len(self.vocab)).reshape(-1, self.groups).T)
     if 'relative_commitment' in metrics:  # of all channels, whose groups may differ in energy

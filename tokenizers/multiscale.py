@@ -98,18 +98,16 @@ class MultiScale(Quantizer):
 
   def __call__(self, z: Float[Array, 'b n c'], *, key: Array | None = None, train: bool = False
                ) -> Quantized:
-    z = self._square(z)
-    keep, keys = None, [None] * len(self.scales)
-    if key is not None:
-      key, *keys = jax.random.split(key, len(self.scales) + 1)
+    z, keep, count = self._square(z), None, len(self.scales)
+    keys: Any = [None] * (count + 1) if key is None else jax.random.split(key, count + 1)
     if train and self.dropout:
       keep = nested.draw_keep(
-          key, z.shape[0], len(self.scales), self.schedule, self.least, self.dropout)
+          keys[-1], z.shape[0], count, self.schedule, self.least, self.dropout)
     parts, statistics, power = [], None, jnp.mean(jnp.square(sg(z)))
     total = vectors = jnp.zeros_like(z)
     losses = {'commitment': jnp.zeros(()), 'codebook': jnp.zeros(())}
     metrics = {}
-    for i in range(len(self.scales)):
+    for i in range(count):
       active = jnp.full(z.shape[0], True) if keep is None else keep > i
       target = self._target(i, z - sg(total))
       only = {} if keep is None else {'valid': jnp.broadcast_to(active[:, None], target.shape[:2])}
@@ -132,7 +130,7 @@ class MultiScale(Quantizer):
                'relative_commitment': metrics[f'relative_commitment_{len(parts) - 1}']}
     if 'perplexity' in metrics:  # of the tokens of all scales together, which share their codes
       use = [diversity(segment_count(tokens[..., d], v)) for d, v in enumerate(self.vocab)]
-      metrics |= {name: sum(u[name] for u in use) / len(use) for name in use[0]}
+      metrics |= {name: jnp.mean(jnp.stack([u[name] for u in use])) for name in use[0]}
     losses = {name: value / len(self.scales) for name, value in losses.items()}
     vectors = straight_through(z, vectors).reshape(z.shape[0], -1, self.dim)
     return Quantized(vectors, tokens, losses, metrics, statistics)
@@ -140,7 +138,8 @@ class MultiScale(Quantizer):
   def lookup(self, tokens: Int[Array, 'b n d'], mask: Bool[Array, 'b n d'] | None = None
              ) -> Float[Array, 'b m c']:
     """The feature grid of `tokens`; a scale counts where `mask` has all of its codes."""
-    total, start = 0.0, 0
+    total: Any = 0.0
+    start = 0
     for i, end in enumerate(self.budgets):
       added = self._added(i, tokens[:, start:end])
       if mask is not None:
@@ -152,7 +151,8 @@ class MultiScale(Quantizer):
   def prepare(self, z: Float[Array, 'b n c'], *, key: Array) -> None:
     """The codebook on the vectors, and then again on what is left for each scale by those codes."""
     first, second = jax.random.split(key)
-    z, total, seen = self._square(z), 0.0, []
+    z, seen = self._square(z), []
+    total = jnp.zeros_like(z)
     turns = min(2, z.shape[0])  # other examples, since vectors that are codes leave nothing
     self.coder.prepare(z[::turns].reshape(-1, z.shape[1] * z.shape[2], self.dim), key=first)
     for i in range(len(self.scales)):

@@ -142,7 +142,7 @@ class Nested(Quantizer):
     if self.split:
       use = [diversity(segment_count(tokens[..., d], v)) for d, v in enumerate(self.vocab)]
       metrics = {**metrics,
-                 **{name: sum(u[name] for u in use) / len(use) for name in use[0]},
+                 **{name: jnp.mean(jnp.stack([u[name] for u in use])) for name in use[0]},
                  **{f'{name}_{d}': u[name] for d, u in enumerate(use) for name in u}}
     vectors = out.vectors
     if train and self.dropout:

@@ -54,7 +54,7 @@ class Partitioned(Residual):
       raise ValueError(f'split={config.split} must be at most the {self.dim} channels.')
     self.split = config.split
 
-  def _target(self, i: int, z: Float[Array, 'b n c'], total: Array | float
+  def _target(self, i: int, z: Float[Array, 'b n c'], total: Float[Array, 'b n c']
               ) -> Float[Array, 'b n c']:
     return z * channel_masks(self.dim, self.split)[i] if i < self.split else z - total
 

@@ -93,6 +93,9 @@ class Residual(Quantizer):
                        'GroupedConfig(quantizer=ResidualConfig(...)).')
     if getattr(q, 'noise', None):
       raise ValueError('Levels are rounded without noise; set noise=None in the quantizer.')
+    if hasattr(q, 'step') and (max(q.step) >= 1 or q.noise):
+      raise ValueError('Levels of FSQ need 3 or more levels per channel, since 2 leave as much as '
+                       'they take, and noise=None, since noise would be quantized next.')
     if config.dropout and not selective(q):
       raise ValueError(f'{type(q).__name__} cannot leave examples out, which dropout='
                        f'{config.dropout} needs; set dropout=0.')
@@ -109,18 +112,18 @@ class Residual(Quantizer):
   def __call__(self, z: Float[Array, 'b n c'], *, key: Array | None = None, train: bool = False,
                valid: Bool[Array, 'b n'] | None = None) -> Quantized:
     z = self._bound(z)
-    keep, keys = None, [None] * self.depth
-    if key is not None:
-      key, *keys = jax.random.split(key, self.depth + 1)
+    keep = None
+    keys: Any = [None] * (self.depth + 1) if key is None else jax.random.split(key, self.depth + 1)
     if train and self.dropout:
       keep = nested.draw_keep(
-          key, z.shape[0], self.depth, self.schedule, self.least, self.dropout)
+          keys[-1], z.shape[0], self.depth, self.schedule, self.least, self.dropout)
     parts, fractions, energies, statistics = [], [], [], None
     total = vectors = jnp.zeros_like(z)
     for i in range(self.depth):
       active = valid if keep is None else (
           jnp.broadcast_to((keep > i)[:, None], z.shape[:2]) & (True if valid is None else valid))
-      part = self._quantize(i, self._target(i, z, total), key=keys[i], train=train, valid=active)
+      target = self._target(i, z, total)
+      part = self._quantize(i, target, key=keys[i], train=train, valid=active)
       parts.append(part)
       total = total + sg(part.vectors)
       vectors = total if keep is None else jnp.where((keep > i)[:, None, None], total, vectors)
@@ -134,7 +137,7 @@ class Residual(Quantizer):
       tokens = self._search(z, tokens)
       vectors = self.lookup(tokens)
       energies[-1] = mean(jnp.square(sg(z - vectors)), valid)
-    losses = {name: sum(f * p.losses[name] for f, p in zip(fractions, parts)) / self.depth
+    losses = {name: jnp.mean(jnp.stack([f * p.losses[name] for f, p in zip(fractions, parts)]))
               for name in parts[0].losses}
     relative = [e / (mean(jnp.square(sg(z)), valid) + 1e-12) for e in energies]
     metrics = {
@@ -162,7 +165,8 @@ class Residual(Quantizer):
     leave nothing for the next. A shared codebook is prepared for the vectors, and then again for
     the residuals of all depths.
     """
-    z, total, seen = self._bound(z), 0.0, []
+    z, seen = self._bound(z), []
+    total = jnp.zeros_like(z)
     keys, turns = jax.random.split(key, self.depth + 1), min(2, z.shape[0])
     for i in range(self.depth):
       seen.append(self._target(i, z, total) / self._scale(i))
@@ -172,7 +176,8 @@ class Residual(Quantizer):
     if len(self.levels) < self.depth:
       self._level(0).prepare(jnp.concatenate(seen, 1)[1 % turns::turns], key=keys[-1])
 
-  def _target(self, i: int, z: Float[Array, 'b n c'], total: Any) -> Float[Array, 'b n c']:
+  def _target(self, i: int, z: Float[Array, 'b n c'], total: Float[Array, 'b n c']
+              ) -> Float[Array, 'b n c']:
     """What level i quantizes, given the sum of the levels before it."""
     return z - total
 
@@ -251,7 +256,7 @@ def numbered(parts: list[dict[str, Array]], places: Any) -> dict[str, Array]:
     parts: metrics of every part.
     places: for every part, which of the whole quantizer's codes its own are.
   """
-  metrics = {name: sum(p[name] for p in parts) / len(parts)
+  metrics = {name: jnp.mean(jnp.stack([p[name] for p in parts]))
              for name in parts[0] if not name[-1].isdigit()}
   for part, place in zip(parts, places):
     for name in ('perplexity', 'usage', 'ratio'):

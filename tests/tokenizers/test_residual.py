@@ -250,6 +250,7 @@ class WholeConfig(VQConfig):
     (dict(levels=4, least=5), r'in 1\.\.4'),
     (dict(quantizer=ProjectedConfig(quantizer=BOOK, dim=8)), 'put it outside'),
     (dict(quantizer=GroupedConfig(quantizer=FSQConfig(levels=(5, 5)))), 'hides a bounded'),
+    (dict(quantizer=FSQConfig(levels=(5, 2), symmetric=True)), '3 or more levels per channel'),
     (dict(quantizer=ResidualConfig(quantizer=BOOK)), 'cannot be nested'),
     (dict(quantizer=WholeConfig(), dropout=0.5), 'cannot leave examples out'),
     (dict(quantizer=FSQConfig(levels=(5, 5)), beam=2), 'searches a codebook')])
