@@ -28,8 +28,8 @@ SIZES = {'debug': 'debug', 'base': 'base'}
 def get_config(size: str = 'base') -> Experiment:
   """The plain codebook."""
   experiment: Any = quantizers.get_config(SIZES[size])
-  experiment.model.quantizer = ROWS['vq'] if size == 'base' else dataclasses.replace(
-      ROWS['vq'], codes=64)
+  plain: Any = ROWS['vq']
+  experiment.model.quantizer = plain if size == 'base' else dataclasses.replace(plain, codes=64)
   return dataclasses.replace(
       experiment, checkpoint=CheckpointConfig(every=200, keep_every=200))
 

@@ -7,6 +7,8 @@ TiTok's two stages; here they are trained on pixels in one, as TA-TiTok is, ever
 own length.
 """
 
+from typing import Any
+
 from smalti.data.augment import AugmentConfig
 from smalti.data.catalogue import TFDSConfig
 from smalti.launch.experiment import (
@@ -22,7 +24,7 @@ from smalti.tokenizers.image import LossWeights
 from smalti.tokenizers.registers import RegisterTokenizerConfig
 from smalti.tokenizers.vq import VQConfig
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     'debug': dict(blocks=(1, 16, 2), registers=4, codes=16, dim=4, published=None),
     's': dict(blocks=(8, 512, 8), registers=256, codes=4096, dim=12, published=51_949_920),
     'b': dict(blocks=(12, 768, 12), registers=256, codes=4096, dim=12, published=172_351_584),

@@ -8,6 +8,8 @@ trained here as TA-TiTok trains, on pixels, LPIPS and a late discriminator; Conv
 perceptual loss (a tenth) is not there. The published batch is 32 per device of an unnamed number.
 """
 
+from typing import Any
+
 from smalti.data.augment import AugmentConfig
 from smalti.data.catalogue import TFDSConfig
 from smalti.launch.experiment import (
@@ -25,10 +27,10 @@ from smalti.tokenizers.registers import RegisterTokenizerConfig
 from smalti.tokenizers.vq import VQConfig
 
 SMALL, BASE, LARGE = (8, 512, 8), (12, 768, 12), (24, 1024, 16)  # layers, width, heads
-EARLY = dict(codes=4096, dim=12, cosine=True, update='gradient', init='uniform')
+EARLY: dict[str, Any] = dict(codes=4096, dim=12, cosine=True, update='gradient', init='uniform')
 LATER = dict(codes=8192, dim=64, update='gradient', init='uniform', clustering=ClusteringConfig(),
              revival=0.0)
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     'debug': dict(encoder=(1, 16, 2), decoder=(1, 16, 2), registers=4, published=None,
                   codes={**LATER, 'codes': 16, 'dim': 4}),
     's128': dict(encoder=SMALL, decoder=SMALL, registers=128, codes=EARLY, published=51_753_312),

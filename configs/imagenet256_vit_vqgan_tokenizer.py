@@ -8,6 +8,8 @@ StyleGAN's discriminator with R1, and here VQGAN+'s plays; the paper's logit-Lap
 out in both.
 """
 
+from typing import Any
+
 from smalti.data.augment import AugmentConfig
 from smalti.data.catalogue import TFDSConfig
 from smalti.launch.experiment import (
@@ -23,7 +25,7 @@ from smalti.tokenizers.image import LossWeights
 from smalti.tokenizers.vision import VisionTokenizerConfig
 from smalti.tokenizers.vq import VQConfig
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     'debug': dict(blocks=(1, 16, 2), codes=16, dim=4, published=None),
     'small': dict(blocks=(8, 512, 8), codes=8192, dim=32, published=50_908_195),
     'base': dict(blocks=(12, 768, 12), codes=8192, dim=32, published=170_664_483),

@@ -144,7 +144,7 @@ def sinusoid(x: Float[Array, '*b'], features: int, base: float = 10000.0) -> Flo
   return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
 
 
-def grid_sinusoid(grid: tuple[int, int], width: int) -> np.ndarray:
+def grid_sinusoid(grid: tuple[int, ...], width: int) -> np.ndarray:
   """float32[h w, c]: a fixed table of positions, row-major; half the channels are of the row.
 
   [sinusoid(row), sinusoid(column)] with base 10,000, as in MAE (arXiv 2111.06377).

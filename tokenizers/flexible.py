@@ -98,11 +98,12 @@ class FlexTok(Tokenizer):
     self.patch, self.mask, self.schedule = config.patch, config.mask, config.schedule
     self.null, self.times, self.stratified = config.null, config.times, config.stratified
     self.weights = tuple(dataclasses.asdict(config.weights).items())  # hashable, for jit
-    self.vae: Any = freeze(config.vae.build(rngs=rngs)) if config.vae else None
+    vae: Any = freeze(config.vae.build(rngs=rngs)) if config.vae else None
+    self.vae = vae
     self.frozen = ('vae',) if config.vae else ()
     _check(config)
-    field = self.vae.grid if config.vae else self.size
-    features = self.vae.features if config.vae else config.channels
+    field = vae.grid if config.vae else self.size
+    features = vae.features if config.vae else config.channels
     if any(side < 1 or side % config.patch for side in field):
       raise ValueError(f'patch={config.patch} must divide {field}, what is flowed over.')
     self.grid = (field[0] // config.patch, field[1] // config.patch)
