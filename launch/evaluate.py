@@ -36,7 +36,7 @@ from smalti.launch.judge import (
     spread,
 )
 from smalti.launch.progress import say, track
-from smalti.launch.reconstruct import encoded
+from smalti.launch.reconstruct import encoded, settings_of
 from smalti.launch.sample import Sampler, Samples, in_turn, resolve_settings
 from smalti.launch.scores import Scores
 
@@ -159,6 +159,7 @@ def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = N
   """Scores a run and writes its `scores.json` (or `scores_NAME.json`).
 
   Args:
+    n, seed, settings: of generators, and of tokenizers whose decoder draws.
     write: False returns the scores and writes nothing but what `kept` is for.
     kept: the folder for summaries of real images; None takes one in the run.
   """
@@ -173,12 +174,15 @@ def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = N
   request: dict[str, Any] = {'verb': 'evaluate', 'workdir': str(named), 'weights': weights,
              'extractor': extractor, 'inception_weights': inception_weights, 'name': name}
   if hasattr(loaded.model, 'encode'):
-    scores = Scores(loaded)
-    judge = open_judge(data, kept, n=10**9, extractor=extractor,
+    drawn = settings_of(loaded, settings or {})
+    scores = Scores(loaded, settings=drawn, seeds=() if drawn is None else (seed,))
+    judge = open_judge(data, kept, n=10**9 if drawn is None else n, extractor=extractor,
                        weights=inception_weights)
-    tokenizer_scores(loaded, scores, judge, data, lpips=lpips,
+    tokenizer_scores(loaded, scores, judge, data, lpips=lpips, settings=drawn, seed=seed,
                      tables=folder / 'evaluation' if write else None)
     request |= {'lpips': lpips}
+    if drawn is not None:
+      request |= {'n': n, 'seed': seed, 'settings': settings or {}}
   elif hasattr(loaded.model, 'sample'):
     codec = runs.load_tokenizer(loaded, tokenizer)
     chosen = resolve_settings(loaded, settings or {})

@@ -6,6 +6,7 @@ the tokenizer and of JPEG, principal components and k-means over bits, and
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -27,7 +28,7 @@ from smalti.evaluation.files import whole
 from smalti.evaluation.frechet import frechet_distance
 from smalti.launch import run as runs
 from smalti.launch.judge import BATCH, Judge, accumulate, spread
-from smalti.launch.reconstruct import decoded, encoded
+from smalti.launch.reconstruct import decoded, encoded, lengths
 from smalti.launch.scores import Scores
 
 LARGEST = 10_000  # real images per split: 10^6 tokens and more describe a language
@@ -39,7 +40,8 @@ SIDES = (4, 8, 16)  # of the patches of baselines
 
 def tokenizer_scores(loaded: runs.Loaded, scores: Scores, judge: Judge, data: Any, *,
                      lpips: perceptual.Net | None = None,
-                     tables: pathlib.Path | None = None, beside: bool = True) -> None:
+                     tables: pathlib.Path | None = None, beside: bool = True,
+                     settings: Any = None, seed: int = 0) -> None:
   """All scores of a tokenizer on held-out images.
 
   Args:
@@ -47,18 +49,20 @@ def tokenizer_scores(loaded: runs.Loaded, scores: Scores, judge: Judge, data: An
     tables: the folder for the tables of the page; None writes none.
     beside: also what is beside the tokenizer's own errors and codes: baselines of as many bits,
       stability of the tokens, the tokens as a language.
+    settings, seed: of decoders that draw.
   """
   held_out, train = data.open('eval'), data.open('train')
   n = judge.held_out[0].n
   digest = hashlib.sha256()
   points = []
   distance = None if lpips is None else perceptual.load(lpips)
-  for keep in loaded.spec.budgets or (None,):
+  decode = functools.partial(decoded, loaded, settings=settings, seed=seed)
+  for keep in lengths(loaded.spec):
     errors, distances = [], []
 
     def remade(keep=keep, errors=errors, distances=distances) -> Iterator[np.ndarray]:
-      for images in _batches(held_out, n):
-        found = decoded(loaded, encoded(loaded, images), keep=keep)
+      for i, images in enumerate(_batches(held_out, n)):
+        found = decode(encoded(loaded, images), keep=keep, first=i * BATCH)
         errors.append(reconstruction.measure(images, found))
         if distance is not None:
           distances.append(distance(images, found))
@@ -79,9 +83,9 @@ def tokenizer_scores(loaded: runs.Loaded, scores: Scores, judge: Judge, data: An
   if not beside:
     _add_use(scores, loaded.spec, _tokens(loaded, _take(held_out, LARGEST)))
     return
-  rest = _take(held_out, ERRORS)
+  rest = _take(held_out, min(ERRORS, n))
   _add_baselines(scores, loaded, points[-1][1], _take(train, ERRORS * 5), rest, points, tables)
-  _add_stability(scores, loaded, rest)
+  _add_stability(scores, loaded, rest, decode)
   _add_codes(scores, loaded, _take(train, LARGEST), _take(held_out, LARGEST), tables)
 
 
@@ -140,13 +144,10 @@ def _share(spec: Any, keep: int) -> float:
   return float((mask * cost).sum() / (np.ones_like(mask, np.float64) * cost).sum())
 
 
-def _add_stability(scores: Scores, loaded: runs.Loaded, images: np.ndarray) -> None:
+def _add_stability(scores: Scores, loaded: runs.Loaded, images: np.ndarray, decode: Any) -> None:
   """Wrong tokens, and tokens of its own images."""
   def encode(x: np.ndarray) -> np.ndarray:
     return np.asarray(encoded(loaded, x))
-
-  def decode(tokens: np.ndarray) -> np.ndarray:
-    return decoded(loaded, tokens)
 
   table = getattr(getattr(loaded.model, 'quantizer', None), 'codes', None)
   near = [np.asarray(table())] if table is not None and loaded.spec.depth == 1 else None

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import re
 import time
 from typing import Any
 
@@ -41,7 +42,8 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *,
   """Runs `experiment` in `workdir` from its newest checkpoint, or from the start.
 
   Args:
-    init_from: a run whose averaged weights a new run starts from.
+    init_from: a run whose averaged weights a new run starts from, or PART=RUN for one part of
+      the model; several are separated by commas.
 
   Returns:
     The last held-out metrics.
@@ -121,6 +123,8 @@ class Job:
     with jax.set_mesh(self.mesh):
       state = jax.jit(init, out_shardings=shardings, compiler_options=unoptimized())(key)
       copied = _initialize(state, init_from) if init_from else set()
+      _check_frozen(self.structure.merge(state['params'], state['buffers']), state['buffers'],
+                    copied)
       return self._prepare(state, copied)
 
   def _prepare(self, state: dict, copied: set[str]) -> dict:
@@ -419,15 +423,29 @@ def _check_tokens(source: Any, tokenizer: runs.Loaded | None) -> None:
         f'({tokenizer.fingerprint}); tokenize again, or name the tokenizer they were made with.')
 
 
-def _initialize(state: dict, reference: str) -> set[str]:
-  """Copies another run's averaged weights where path and shape agree; says what it did."""
-  loaded = runs.load(reference, whole=True)
-  structure = states.Structure.of(loaded.model)
+def _initialize(state: dict, references: str) -> set[str]:
+  """Copies other runs' averaged weights where path and shape agree; says what it did.
+
+  Args:
+    references: RUN, or PART=RUN for one part of the model (`vae=runs/klvae`); several with commas.
+
+  Raises:
+    ValueError: the model has no such part.
+  """
   copied = set()
-  for group, tree in zip(('params', 'buffers'), structure.split(loaded.model)):
-    theirs = states.paths(tree)
-    ours = states.paths(state[group])
-    for path, leaf in ours.items():
+  for reference in references.split(','):
+    part, run = re.fullmatch(r'(?:(\w+)=)?(.*)', reference).groups()
+    loaded = runs.load(run, whole=True)
+    prefix = f'{part}/' if part else ''
+    # by path alone: what is a parameter there may be frozen here
+    theirs = {prefix + path: leaf for tree in states.Structure.of(loaded.model).split(loaded.model)
+              for path, leaf in states.paths(tree).items()}
+    ours = {path: (group, leaf) for group in ('params', 'buffers')
+            for path, leaf in states.paths(state[group]).items() if path.startswith(prefix)}
+    if not ours:
+      raise ValueError(f'init_from={reference}: the model has no part {part}; leave out {part}=, '
+                       'or name one of its parts.')
+    for path, (group, leaf) in ours.items():
       if path not in theirs:
         say(f'init_from: missing {path} {leaf.shape}')
       elif theirs[path].shape != leaf.shape:
@@ -443,6 +461,14 @@ def _initialize(state: dict, reference: str) -> set[str]:
   if state['ema']:
     state['ema'] = jax.tree.map(jnp.copy, states.released(state['params']))
   return copied
+
+
+def _check_frozen(model: Any, buffers: dict, copied: set[str]) -> None:
+  """Refuses a part that is not trained here and came from nowhere."""
+  for part in getattr(model, 'frozen', ()):
+    if any(path.startswith(f'{part}/') and path not in copied for path in states.paths(buffers)):
+      raise ValueError(f'{part} of {type(model).__name__} is not trained with it; name the run it '
+                       f'was trained in with --init_from={part}=RUN.')
 
 
 def _rngs(seed: int) -> Any:
@@ -463,7 +489,8 @@ def define(values: Any) -> None:
   from absl import flags
   flags.DEFINE_string('workdir', None, 'The run folder; the same again resumes.',
                       flag_values=values)
-  flags.DEFINE_string('init_from', None, 'Start a new run from the weights of this run.',
+  flags.DEFINE_string('init_from', None, 'Start a new run from the weights of this run, or of '
+                      'PART=RUN for one part; several with commas.',
                       flag_values=values)
   flags.DEFINE_string('tokenizer', None, 'Where the tokenizer of the config was moved to.',
                       flag_values=values)
