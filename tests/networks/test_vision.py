@@ -1,6 +1,7 @@
 """Laws of vision transformers: patches, interpolated positions, what registers see and hide."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +23,21 @@ def images(key=1, shape=(12, 8)):
 
 
 def encoder(config=TITOK, **changes):
-  options = dict(channels=3, patch=4, grid=GRID, registers=5, positions='learned')
-  return loud(vision.RegisterEncoder(config, **{**options, **changes}, rngs=nnx.Rngs(0)))
+  return build('RegisterEncoder', config, **{**dict(
+      channels=3, patch=4, grid=GRID, registers=5, positions='learned'), **changes})
 
 
 def decoder(config=TITOK, **changes):
-  options = dict(features=6, grid=GRID, registers=5, positions='learned')
-  return loud(vision.RegisterDecoder(config, **{**options, **changes}, rngs=nnx.Rngs(0)))
+  return build('RegisterDecoder', config, **{**dict(
+      features=6, grid=GRID, registers=5, positions='learned'), **changes})
 
 
-# A constant added to all channels would be invisible to layer norms: changes below are of one.
-def loud(model):
-  """Larger kernels than at initialisation, so that every part matters."""
+def build(kind, config, **options):
+  """Kernels are larger than at initialisation, so that every part matters.
+
+  A constant added to all channels would be invisible to layer norms: tests change a single one.
+  """
+  model = jax.jit(lambda: getattr(vision, kind)(config, **options, rngs=nnx.Rngs(0)))()
   for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
     if path[-1] == 'kernel':
       leaf[...] *= 10
@@ -62,13 +66,13 @@ def test_positions_are_interpolated_bicubically(target):
 def test_positions_tell_rows_from_columns_and_keep_their_grid(kind):
   positions = vision.GridPositions((3, 2), 8, kind=kind, rngs=nnx.Rngs(0))
   table = positions((3, 2))
+  assert positions((6, 5)).shape == (30, 8)
   if kind == 'sincos':  # row 1, column 0 and row 0, column 1, by hand: frequencies 1 and 1/100
     wave = [np.sin(1), np.sin(0.01), np.cos(1), np.cos(0.01)]
     np.testing.assert_allclose(table[2], [*wave, 0, 0, 1, 1], atol=1e-6)
     np.testing.assert_allclose(table[1], [0, 0, 1, 1, *wave], atol=1e-6)
   else:
     np.testing.assert_array_equal(table, positions.table.embedding[...])
-  assert positions((6, 5)).shape == (30, 8)
 
 
 def test_patches_are_row_major_and_invertible():
@@ -119,19 +123,21 @@ def test_no_patch_attends_to_a_dropped_register():
   # all registers are no mask at all, and a slice is what a mask means
   whole = jax.jit(lambda model, z: model(z, GRID))(model, z)
   np.testing.assert_allclose(run(model, z, jnp.array([5, 5])), whole, atol=1e-5)
-  short = dataclasses.replace(TITOK)  # the same weights, two registers
-  cut = decoder(short, registers=2, token=True, normed=True)
-  nnx.update(cut, jax.tree.map(
-      lambda a, b: a[:b.shape[0]] if a.shape != b.shape else a, nnx.state(model), nnx.state(cut)))
+  graph, short = nnx.split(nnx.eval_shape(lambda: vision.RegisterDecoder(
+      TITOK, features=6, grid=GRID, registers=2, positions='learned', token=True, normed=True,
+      rngs=nnx.Rngs(0))))
+  cut = nnx.merge(graph, jax.tree.map(lambda a, b: a[:b.shape[0]], nnx.state(model), short))
   np.testing.assert_allclose(
       jax.jit(lambda m, z: m(z, GRID))(cut, z[:1, :2]), run(model, z, keep)[:1], atol=1e-5)
 
 
 def test_other_grids_go_through_the_same_weights():
-  model, large = encoder(mask='causal'), images(shape=(16, 24))
-  assert jax.jit(lambda m, x: m(x))(model, large).shape == (2, 5, 16)
-  plain = vision.VisionEncoder(FLEXTOK, channels=3, patch=4, grid=GRID, rngs=nnx.Rngs(0))
-  assert jax.jit(lambda m, x: m(x))(plain, large).shape == (2, 24, 16)
+  model = encoder(mask='causal')
+  assert jax.eval_shape(lambda x: model(x), images(shape=(16, 24))).shape == (2, 5, 16)
+  plain = nnx.eval_shape(lambda: vision.VisionEncoder(
+      FLEXTOK, channels=3, patch=4, grid=GRID, rngs=nnx.Rngs(0)))
+  assert jax.eval_shape(
+      lambda m, x: m(x), plain, images(shape=(16, 24))).shape == (2, 24, 16)
 
 
 def test_a_smooth_last_layer_is_the_convolution_alone():
@@ -148,14 +154,14 @@ def test_a_smooth_last_layer_is_the_convolution_alone():
 def test_layer_norm_and_plain_mlp_equal_their_equations():
   """One block of TiTok's kind against NumPy: x + attention(norm(x)), then x + mlp(norm(x))."""
   config = dataclasses.replace(TITOK, layers=1, axes=0)
-  model = loud(vision.Transformer(config, rngs=nnx.Rngs(0)))
+  model = build('Transformer', config)
   for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
     if path[-1] in ('bias', 'scale'):
       leaf[...] += 0.3 * jax.random.normal(jax.random.key(len(path)), leaf.shape)
   x = np.asarray(jax.random.normal(jax.random.key(1), (4, 16)), np.float64)
   p = jax.tree.map(lambda a: np.asarray(a, np.float64)[0], nnx.to_pure_dict(
       nnx.state(model.blocks)))
-  erf = np.vectorize(__import__('math').erf)
+  erf = np.vectorize(math.erf)
 
   def norm(x, q):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(
