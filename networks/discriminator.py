@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from smalti.networks.convnet import Norm, kernel_init
+from smalti.networks.convnet import Norm, kernel_init, linear
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -130,6 +130,87 @@ class BlurDiscriminator(Discriminator):
     x = jnp.max(x.reshape(b, h // windows[0], windows[0], w // windows[1], windows[1], c), (2, 4))
     x = jax.nn.leaky_relu(self.mix(x), 0.1)
     return self.output(x.astype(jnp.float32)).reshape(b, -1)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class StyleDiscriminatorConfig(DiscriminatorConfig):
+  """StyleGAN2's discriminator (Karras et al. 2020, arXiv 1912.04958) as MaskGIT's tokenizer has it.
+
+  Attributes:
+    width: channels at 256 pixels; a resolution has width * 256 / side of them.
+    most: channels at most (512); 64 is enough at 32 pixels.
+    group: images over which features are compared before the last layers, as StyleGAN does (4;
+      BSQ); 0 in MaskGIT. With it a logit depends on the other images of its group.
+  """
+  width: int = 64
+  most: int = 512
+  group: int = 0
+
+  def build(self, *, size: tuple[int, int], channels: int, dtype: Any = jnp.float32,
+            rngs: nnx.Rngs) -> 'StyleDiscriminator':
+    return StyleDiscriminator(self, size=size, channels=channels, dtype=dtype, rngs=rngs)
+
+
+class StyleDiscriminator(Discriminator):
+  """Residual stages with blurs until the shorter side is 4, then two dense layers: one logit."""
+
+  def __init__(self, config: StyleDiscriminatorConfig, *, size: tuple[int, int], channels: int,
+               dtype: Any, rngs: nnx.Rngs):
+    halvings = int(math.log2(max(min(size), 4) / 4))
+    factor = 2 ** halvings
+    if any(s % factor for s in size) or min(size) != 4 * factor:
+      raise ValueError(f'Images of {size} do not halve to 4 pixels on their shorter side; take '
+                       'sides of 4 times a power of two.')
+    self.dtype, self.group = dtype, config.group
+    widths = [min(config.most, config.width * 256 * 2 ** i // min(size))
+              for i in range(halvings + 1)]
+    self.input = _conv(channels, widths[0], 3, init=kernel_init, dtype=dtype, rngs=rngs)
+    self.stages = nnx.List([
+        StyleStage(a, b, dtype=dtype, rngs=rngs) for a, b in zip(widths, widths[1:])])
+    last, extra = widths[-1], int(config.group > 0)
+    self.mix = _conv(last + extra, last, 3, init=kernel_init, dtype=dtype, rngs=rngs)
+    pixels = math.prod(s // factor for s in size)
+    self.hidden = linear(pixels * last, last, dtype=dtype, rngs=rngs)
+    self.output = linear(last, 1, dtype=jnp.float32, rngs=rngs)
+
+  def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b n']:
+    x = jax.nn.leaky_relu(self.input(x.astype(self.dtype)), 0.2)
+    for stage in self.stages:
+      x = stage(x)
+    if self.group:
+      x = jnp.concatenate([x, deviation(x, self.group)], -1)
+    x = jax.nn.leaky_relu(self.mix(x), 0.2)
+    x = jax.nn.leaky_relu(self.hidden(x.reshape(x.shape[0], -1)), 0.2)
+    return self.output(x.astype(jnp.float32))
+
+
+class StyleStage(nnx.Module):
+  """(conv(blur(lrelu(conv(x)))) + 1x1(blur(x))) / sqrt(2), with a leaky ReLU after each 3x3."""
+
+  def __init__(self, inside: int, outside: int, *, dtype: Any, rngs: nnx.Rngs):
+    self.first = _conv(inside, inside, 3, init=kernel_init, dtype=dtype, rngs=rngs)
+    self.second = _conv(inside, outside, 3, init=kernel_init, dtype=dtype, rngs=rngs)
+    self.skip = linear(inside, outside, bias=False, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b x y f']:
+    y = blur(jax.nn.leaky_relu(self.first(x), 0.2))
+    y = jax.nn.leaky_relu(self.second(y), 0.2)
+    return (y + self.skip(blur(x))) / math.sqrt(2)
+
+
+def deviation(x: Float[Array, 'b h w c'], group: int) -> Float[Array, 'b h w 1']:
+  """The mean deviation of all features over the images of a group, the same for each of them.
+
+  Raises:
+    ValueError: a batch that does not divide into groups.
+  """
+  b, h, w, c = x.shape
+  if b % group:
+    raise ValueError(f'A batch of {b} does not divide into groups of {group}; change either.')
+  y = x.astype(jnp.float32).reshape(b // group, group, h, w, c)
+  spread = jnp.mean(jnp.sqrt(jnp.var(y, 1) + 1e-8), (1, 2, 3))
+  spread = jnp.repeat(spread, group)[:, None, None, None]
+  return jnp.broadcast_to(spread, (b, h, w, 1)).astype(x.dtype)
 
 
 def blur(x: Float[Array, 'b h w c']) -> Float[Array, 'b x y c']:

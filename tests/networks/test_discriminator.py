@@ -11,12 +11,15 @@ from flax import nnx
 from smalti.networks.discriminator import (
   BlurDiscriminatorConfig,
   PatchDiscriminatorConfig,
+  StyleDiscriminatorConfig,
   blur,
+  deviation,
 )
 
 SMALL = {
     'patch': (PatchDiscriminatorConfig(width=8, layers=2), (16, 12), 2 * 1),
     'blur': (BlurDiscriminatorConfig(width=8, stages=2, pool=2), (16, 24), 2 * 2),
+    'style': (StyleDiscriminatorConfig(most=8), (8, 12), 1),
 }
 
 
@@ -66,6 +69,24 @@ def test_blur_is_the_binomial_kernel_at_every_second_pixel(key):
   np.testing.assert_allclose(blur(jnp.asarray(x, jnp.float32)), want, atol=1e-6)
 
 
+def test_widths_of_the_style_network_are_the_published_ones():
+  model = nnx.eval_shape(lambda: StyleDiscriminatorConfig(group=4).build(
+      size=(256, 256), channels=3, rngs=nnx.Rngs(0)))
+  assert [stage.skip.kernel.shape for stage in model.stages] == [
+      (64, 128), (128, 256), (256, 512), (512, 512), (512, 512), (512, 512)]
+  assert model.mix.kernel.shape == (3, 3, 513, 512)
+  assert model.hidden.kernel.shape == (16 * 512, 512) and model.output.kernel.shape == (512, 1)
+
+
+def test_deviation_compares_the_images_of_a_group(key):
+  x = np.asarray(jax.random.normal(key, (4, 2, 2, 3)), np.float64)
+  got = deviation(jnp.asarray(x, jnp.float32), 2)
+  for i in (0, 2):
+    np.testing.assert_allclose(got[i:i + 2], x[i:i + 2].std(0).mean(), rtol=1e-5)
+  with pytest.raises(ValueError, match='A batch of 4 does not divide into groups of 3'):
+    deviation(jnp.asarray(x, jnp.float32), 3)
+
+
 def test_only_the_maxima_of_the_pool_are_judged(key):
   d = BlurDiscriminatorConfig(width=8, stages=1, pool=2).build(
       size=(8, 8), channels=3, rngs=nnx.Rngs(0))
@@ -79,7 +100,8 @@ def test_only_the_maxima_of_the_pool_are_judged(key):
 @pytest.mark.parametrize('config,size,message', [
     (PatchDiscriminatorConfig(), (16, 16), 'leave no logit below 24; take fewer layers'),
     (BlurDiscriminatorConfig(), (36, 32), 'multiples of 8'),
-    (BlurDiscriminatorConfig(pool=3), (32, 32), r'\[4, 4\] no more than pool')])
+    (BlurDiscriminatorConfig(pool=3), (32, 32), r'\[4, 4\] no more than pool'),
+    (StyleDiscriminatorConfig(), (24, 24), 'do not halve to 4 pixels')])
 def test_images_that_do_not_fit_are_refused(config, size, message):
   with pytest.raises(ValueError, match=message):
     config.build(size=size, channels=3, rngs=nnx.Rngs(0))

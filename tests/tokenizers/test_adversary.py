@@ -149,6 +149,36 @@ def test_conditional_and_selected_play_agree(monkeypatch):
     monkeypatch.undo()
 
 
+def test_the_penalty_is_the_squared_slope_at_real_images():
+  """Of a linear judge, whose slope is its kernel wherever it is taken."""
+  def judge(params, x):
+    return x.reshape(x.shape[0], -1) @ params
+
+  params = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)), jnp.float32)
+  x = jnp.ones((3, 2, 2, 1))
+  value, gradient = jax.value_and_grad(lambda params: adversary.slope(judge, params, x))(params)
+  total = np.asarray(params).sum(1)
+  np.testing.assert_allclose(value, np.square(total).sum(), rtol=1e-5)
+  np.testing.assert_allclose(gradient, np.stack([2 * total] * 2, 1), rtol=1e-5)
+
+
+def test_the_penalty_reaches_the_discriminator_alone():
+  def run(penalty):
+    config = AdversaryConfig(**PLAYER, penalty=penalty)
+    t = AutoencoderConfig(**SMALL, adversary=config).build(rngs=nnx.Rngs(0)).discriminator
+    return jax.jit(lambda t: t.play(IMAGES, 0.5 * IMAGES, 0))(t)
+
+  plain, steep = run(0.0), run(3.0)
+  graph, *parts = nnx.split(AutoencoderConfig(
+      **SMALL, adversary=AdversaryConfig(**PLAYER)).build(rngs=nnx.Rngs(0)).discriminator.network)
+  extra = jax.jit(jax.grad(lambda params: adversary.slope(
+      lambda params, x: nnx.merge(graph, params)(x), params, IMAGES)))(parts[0])
+  np.testing.assert_array_equal(plain.push, steep.push)
+  for a, b, c in zip(*map(jax.tree.leaves, (plain.gradient, steep.gradient, extra)), strict=True):
+    np.testing.assert_allclose(b, a + 3 * c, rtol=1e-4, atol=1e-6)
+  assert steep.metrics['adversary/slope'] > 0
+
+
 def test_evaluation_plays_nothing_and_reports_held_out_logits():
   t = nnx.merge(*player(**FIXED)[:3])
 
