@@ -6,7 +6,6 @@ which has torch and transformers. Results go to OUT/bench_NAME.json with what re
 """
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import os
@@ -18,77 +17,13 @@ from typing import Any, cast
 from absl import flags
 
 from smalti.launch import cli, provenance, timing
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One comparison: what was timed, against whom, what came out, and the goal for the ratio."""
-  case: str
-  peer: str
-  result: dict
-  goal: float | None = None
-  measure: str = 'cpu_ratio'
-
-  def to_json(self) -> dict:
-    met = None
-    if self.goal is not None and self.measure in self.result:
-      met = self.result[self.measure]['q3'] <= self.goal
-    return {'case': self.case, 'peer': self.peer, 'measure': self.measure, 'goal': self.goal,
-            'met': met, **self.result}
-
-
-@dataclasses.dataclass(frozen=True)
-class Bench:
-  """What the cases share."""
-  rounds: int
-  seconds: float
-  peer: timing.Peer | None
-  folder: Path
-
-  def against(self, case: str, **options: Any) -> dict | None:
-    """Prepares the peer's side of a case; None without a peer."""
-    return self.peer.prepare(case, **options) if self.peer else None
-
-  def compare(self, ours: Any, other: Any) -> dict:
-    return timing.compare(ours, other, rounds=self.rounds, seconds=self.seconds)
-
-  def run(self, ours: Any) -> dict:
-    """Against the prepared peer, or alone."""
-    if self.peer:
-      return self.compare(ours, self.peer)
-    return timing.alone(ours, rounds=self.rounds, seconds=self.seconds)
+from smalti.launch.timing import Bench, Row
 
 
 def quantizers(bench: Bench) -> Iterator[Row]:
-  """Nearest code: performance goal P2."""
-  import jax
-  import numpy as np
-
-  from smalti.tokenizers.search import nearest
-  rows = 4096
-  for (codes, dim), goal in {(1024, 256): 0.70, (8192, 32): 0.30, (65536, 8): 0.25}.items():
-    random = np.random.default_rng(0)
-    x = jax.device_put(random.standard_normal((rows, dim), np.float32))
-    table = random.standard_normal((codes, dim), np.float32)
-    # of one length, so that the peer may leave the norms out
-    table = jax.device_put(table / np.linalg.norm(table, axis=-1, keepdims=True))
-    search = jax.jit(nearest)
-    ours = timing.Ours(functools.partial(search, x, table))
-    for form, text in (('product', 'torch (x @ c.T).argmax'), ('cdist', 'torch cdist.argmin')):
-      found = bench.against('nearest', codes=codes, dim=dim, rows=rows, seed=0, form=form)
-      if found:
-        agree = float(np.mean(np.asarray(search(x, table)) == np.asarray(found['check'])))
-        if agree < 0.999:  # what is left are ties in the last digit
-          raise RuntimeError(f'only {agree:.2%} of the codes agree with {text}.')
-      yield Row(f'nearest code, {rows} x {dim} among {codes}', text, bench.run(ours),
-                goal if form == 'product' else None)
-      if not found:
-        break
-    if found := bench.against('nearest', codes=codes, dim=dim, rows=rows, seed=0, form='product'):
-      # every exact search computes these products: no ratio above can fall much below this one
-      product = jax.jit(lambda x, table: x @ table.T)
-      yield Row(f'the products alone, {rows} x {dim} by {codes}', 'torch (x @ c.T).argmax',
-                bench.run(timing.Ours(functools.partial(product, x, table))))
+  """Search, training steps, convolutions, and growth with the codebook."""
+  from smalti.launch import bench_quantizers
+  yield from bench_quantizers.quantizers(bench)
 
 
 def generators(bench: Bench) -> Iterator[Row]:
@@ -396,8 +331,9 @@ def _line(row: dict) -> str:
   ratio = row.get(row['measure'])
   if ratio is None:
     seconds = row['our_time']['cpu_seconds']['median'] if 'our_time' in row else float('nan')
-    rate = row.get('images_per_wall_second')
-    said = '' if rate is None else f', {rate} images/s'
+    said = ''.join(f', {row[name]} {unit}' for name, unit in (
+        ('images_per_wall_second', 'images/s'), ('vectors_per_cpu_second', 'vectors/s'),
+        ('temporary_mib', 'MiB'), ('compile_seconds', 's to compile')) if name in row)
     return f'{row["case"]:<60} {seconds:9.4f} s of CPU time{said} (no peer)'
   goal = '' if row['goal'] is None else (
       f'  goal {row["goal"]:.2f} {"met" if row["met"] else "MISSED"}')

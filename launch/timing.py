@@ -175,3 +175,42 @@ def _busy() -> float | None:
     return None
   user, nice, system, _, _, irq, soft = map(int, fields[:7])
   return (user + nice + system + irq + soft) / os.sysconf('SC_CLK_TCK')
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One comparison: what was timed, against whom, what came out, and the goal for the ratio."""
+  case: str
+  peer: str
+  result: dict
+  goal: float | None = None
+  measure: str = 'cpu_ratio'
+
+  def to_json(self) -> dict:
+    met = None
+    if self.goal is not None and self.measure in self.result:
+      met = self.result[self.measure]['q3'] <= self.goal
+    return {'case': self.case, 'peer': self.peer, 'measure': self.measure, 'goal': self.goal,
+            'met': met, **self.result}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+  """What the cases share."""
+  rounds: int
+  seconds: float
+  peer: 'Peer | None'
+  folder: Path
+
+  def against(self, case: str, **options: Any) -> dict | None:
+    """Prepares the peer's side of a case; None without a peer."""
+    return self.peer.prepare(case, **options) if self.peer else None
+
+  def compare(self, ours: Any, other: Any) -> dict:
+    return compare(ours, other, rounds=self.rounds, seconds=self.seconds)
+
+  def run(self, ours: Any) -> dict:
+    """Against the prepared peer, or alone."""
+    if self.peer:
+      return self.compare(ours, self.peer)
+    return alone(ours, rounds=self.rounds, seconds=self.seconds)

@@ -1,15 +1,18 @@
-"""The peers of `smalti bench`, run by an interpreter that has torch and transformers.
+"""The peers of `smalti bench`, run by an interpreter that has torch and what a case names.
 
 Reads requests and writes answers, one line of JSON each; `launch/timing.py` says which. Nothing of
 ours is imported here; torch is named in this folder alone.
 """
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import sys
 import time
 
 import numpy as np
+import quantization
 import torch
 
 THREADS = int(os.environ.get('OMP_NUM_THREADS', '2'))
@@ -87,7 +90,17 @@ def train_step(path, batch, length, **sizes):
   return run, lambda result: float(result)
 
 
-CASES = {'nearest': nearest, 'decode': decode, 'train_step': train_step}
+CASES = {'nearest': nearest, 'decode': decode, 'train_step': train_step, **quantization.CASES}
+LIBRARIES = 'torch', 'transformers', 'vector-quantize-pytorch'
+
+
+def versions():
+  """Of the libraries that are installed."""
+  found = {}
+  for name in LIBRARIES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name.replace('-', '_')] = importlib.metadata.version(name)
+  return found
 
 
 def answer(request, current):
@@ -102,9 +115,7 @@ def answer(request, current):
   if case == 'used':
     return {'cpu': time.process_time()}
   if case == 'versions':
-    import transformers
-    return {'python': sys.version.split()[0], 'torch': torch.__version__,
-            'transformers': transformers.__version__, 'threads': torch.get_num_threads()}
+    return {'python': sys.version.split()[0], 'threads': torch.get_num_threads(), **versions()}
   current['run'], check = CASES[case](**request)
   begin = time.perf_counter()
   result = current['run']()
