@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 HIGHEST = jax.lax.Precision.HIGHEST  # the default is bfloat16 on TPUs and TF32 on recent GPUs
 # Scores per chunk and bounds of its rows: a cache's worth on a CPU (measured); on accelerators
 # 256 MiB of memory and few launches (not measured).
-SCORES, ROWS = 2**20, (16, 1024)
+SCORES, ROWS = 2**20, (8, 1024)
 ACCELERATOR_SCORES, ACCELERATOR_ROWS = 2**26, (1024, 65536)
+PIECE = 2**16  # codes searched at a time, a multiple of BLOCK: more would not stay in cache
 BLOCK = 64  # codes whose maximum is taken first; 32 to 256 are equally fast
 
 
@@ -73,36 +74,50 @@ def nearest(z: Float[Array, '*b c'], codes: Float[Array, 'v c'], *, rows: int | 
   """
   # No gradient passes an argmin; saying so keeps the loop out of the backward pass.
   z, codes = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (z, codes))
-  flat, table = z.reshape(-1, z.shape[-1]), _table(codes, by)
+  flat = z.reshape(-1, z.shape[-1])
   flat = jnp.concatenate([flat, jnp.ones_like(flat[:, :1])], -1)
-  rows = rows or chunk_rows(flat.shape[0], codes.shape[0])
+  size = min(-(-codes.shape[0] // BLOCK) * BLOCK, PIECE)
+  tables = _tables(codes, by, size)
+  rows = rows or chunk_rows(flat.shape[0], size)
+
+  def search(best, piece):
+    found, token = by_chunks(lambda z: _argmax(z, piece[0]), rows, flat)
+    better = found > best[0]  # among equals the first piece
+    return (jnp.where(better, found, best[0]), jnp.where(better, token + piece[1], best[1])), None
+
+  if len(tables) == 1:
+    tokens = by_chunks(lambda z: _argmax(z, tables[0])[1], rows, flat)
+  else:
+    start = jnp.full_like(flat[:, 0], -jnp.inf), jnp.zeros_like(flat[:, 0], jnp.int32)
+    offsets = size * jnp.arange(len(tables), dtype=jnp.int32)
+    tokens = jax.lax.scan(search, start, (tables, offsets))[0][1]
   # NaN equals nothing: without the bound such a row would point past the codebook
-  search = lambda z: jnp.minimum(_argmax(z, table), codes.shape[0] - 1)  # noqa: E731
-  return by_chunks(search, rows, flat).reshape(z.shape[:-1])
+  return jnp.minimum(tokens, codes.shape[0] - 1).reshape(z.shape[:-1])
 
 
-def _table(codes: Float[Array, 'v c'], by: Literal['distance', 'product']
-           ) -> Float[Array, 'd k']:
+def _tables(codes: Float[Array, 'v c'], by: Literal['distance', 'product'], size: int
+            ) -> Float[Array, 'p d k']:
   """[e, -|e|^2 / 2] as columns, so that [z, 1] times it is (|z|^2 - |z - e|^2) / 2; or [e, 0].
 
   With the norms inside the product nothing but the product touches the scores before their maxima.
-  Columns up to a multiple of `BLOCK` are never the best.
+  In pieces of `size` columns, of which those past the last code are never the best.
   """
   half = -0.5 * jnp.sum(jnp.square(codes), -1, keepdims=True) * (by == 'distance')
   table = jnp.concatenate([codes, half], -1)
-  pad = -codes.shape[0] % BLOCK
+  pad = -codes.shape[0] % size
   empty = jnp.zeros((pad, table.shape[1])).at[:, -1].set(-jnp.inf)
-  return jnp.concatenate([table, empty]).T
+  return jnp.swapaxes(jnp.concatenate([table, empty]).reshape(-1, size, table.shape[1]), 1, 2)
 
 
-def _argmax(z: Float[Array, 'r d'], table: Float[Array, 'd k']) -> Int[Array, 'r']:
-  """The first largest score: the first block with the maximum, then the first inside it."""
+def _argmax(z: Float[Array, 'r d'], table: Float[Array, 'd k']
+            ) -> tuple[Float[Array, 'r'], Int[Array, 'r']]:
+  """The largest score and its first place: first block with the maximum, then first inside it."""
   scores = jnp.matmul(z, table, precision=HIGHEST).reshape(z.shape[0], -1, BLOCK)
   maxima = jnp.max(scores, -1)
   best = jnp.max(maxima, -1, keepdims=True)
   block = _first(maxima == best)
   inside = jnp.take_along_axis(scores, block[:, None, None], 1)[:, 0]
-  return block * BLOCK + _first(inside == best)
+  return best[:, 0], block * BLOCK + _first(inside == best)
 
 
 def _first(found: Bool[Array, 'r n']) -> Int[Array, 'r']:

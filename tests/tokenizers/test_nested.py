@@ -172,7 +172,7 @@ TRAINED = {
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', TRAINED)
 def test_images_get_better_with_every_code_of_a_trained_prefix(kind):
-  """Digits through a small autoencoder: 600 steps, then every budget on 300 held-out images."""
+  """Digits through a small autoencoder: 300 steps, then every budget on 300 held-out images."""
   from sklearn.datasets import load_digits  # imports for a second
   images = load_digits().images.astype(np.float32)[..., None] / 8 - 1
   config = AutoencoderConfig(image_size=(8, 8), channels=1, width=16, multipliers=(1, 2),
@@ -195,13 +195,12 @@ def test_images_get_better_with_every_code_of_a_trained_prefix(kind):
     return params, rest, moments
 
   moments = rule.init(params)
-  for i in range(600):
+  for i in range(300):
     params, rest, moments = step(params, rest, moments, jnp.uint32(i))
   t = nnx.merge(structure, params, rest)
   x = images[1497:]
   tokens = encode(t, x)
   error = [float(jnp.mean(jnp.square(decode(t, tokens, keep=jnp.full(300, k)) - x)))
            for k in t.spec.budgets]
-  print(kind, t.spec.budgets, error)
   assert all(b < a for a, b in zip(error, error[1:])), error
-  assert error[-1] < 0.7 * error[0]
+  assert error[-1] < 0.8 * error[0]

@@ -50,10 +50,12 @@ def test_the_largest_product(key):
     np.testing.assert_array_equal(got, want)
 
 
-def test_rows_that_are_not_numbers_stay_in_range():
+@pytest.mark.parametrize('piece', [64, 2**16])
+def test_rows_that_are_not_numbers_stay_in_range(piece, monkeypatch):
+  monkeypatch.setattr(search, 'PIECE', piece)
   z = jnp.array([[jnp.nan, 0.0], [jnp.inf, 0], [-jnp.inf, jnp.inf]])
-  tokens = nearest(z, jnp.eye(2))
-  assert np.all((tokens >= 0) & (tokens < 2))
+  tokens = nearest(z, jnp.tile(jnp.eye(2), (35, 1)))
+  assert np.all((tokens >= 0) & (tokens < 70))
 
 
 def test_no_gradient_passes(key):
@@ -75,8 +77,8 @@ def test_eight_devices_find_the_same_codes_and_move_no_vector(key):
     assert f' {collective}(' not in text, collective
 
 
-@pytest.mark.parametrize('by', ['distance', 'product'])
-def test_ties_are_the_same_whole_in_chunks_and_on_eight_devices(key, by, monkeypatch):
+@pytest.mark.parametrize('by,piece', [('distance', 64), ('product', 2**16)])
+def test_ties_are_the_same_whole_in_parts_and_on_eight_devices(key, by, piece, monkeypatch):
   """Equal codes and vectors between codes, of small integers: every score is exact."""
   a, b = jax.random.split(key)
   codes = jnp.tile(jax.random.randint(a, (70, 2), -3, 4), (2, 1)).astype(jnp.float32)
@@ -87,6 +89,7 @@ def test_ties_are_the_same_whole_in_chunks_and_on_eight_devices(key, by, monkeyp
   assert np.mean(np.sum(scores == scores.max(-1, keepdims=True), -1) > 2) > 0.2
   np.testing.assert_array_equal(nearest(z, codes, rows=128, by=by), want)
   monkeypatch.setattr(search, 'ROWS', (32, 32))  # four chunks
+  monkeypatch.setattr(search, 'PIECE', piece)
   mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
   found = jax.jit(lambda z, codes: nearest(z, codes, by=by))
   for place in (PartitionSpec(), PartitionSpec('data')):
