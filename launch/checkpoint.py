@@ -34,6 +34,9 @@ _TEMPORARY = '.orbax-checkpoint-tmp'
 # Orbax moves what is to be deleted here, at once, and we delete: a kill in the middle of deleting a
 # step in its place would leave a damaged one.
 _DELETED = 'deleted'
+# Managers of failed saves are kept: what Orbax does when one is collected takes a lock of Python's
+# threads, and waits for ever where the collector happens to run in the start of a new thread.
+_FAILED: list[ocp.CheckpointManager] = []
 
 
 class CheckpointError(OSError):
@@ -233,7 +236,9 @@ class Checkpoints:
 
   def _fail(self, error: Exception) -> NoReturn:
     # What the manager believes no longer holds; the next save starts with a fresh one.
-    self._manager = None
+    if self._manager is not None:
+      _FAILED.append(self._manager)
+      self._manager = None
     code = re.search(r"os_error_code='(\d+)'", str(error))  # of Tensorstore, after its call chain
     if code is None and not isinstance(error, OSError):
       raise error
@@ -271,6 +276,7 @@ class Checkpoints:
         logging.warning('checkpoint %s is damaged: %s; set aside as %s.', path,
                         manifest.damage(path), aside.name)
         path.rename(aside)
+
   def _first_whole(self, steps: list[int], say: bool = True) -> int | None:
     def find():
       for step in steps:
