@@ -74,11 +74,19 @@ def test_loss_and_state_do_not_depend_on_the_mesh(config, name):
   shape = MESHES[name]
   alone = _alone(type(config))
   start, losses, state = train(config, shape)
-  jax.tree.map(np.testing.assert_array_equal, alone[0], start)  # born bitwise equal
+  jax.tree.map(_born_equal, alone[0], start)
   np.testing.assert_allclose(losses, alone[1], rtol=1e-5)
   for path, leaf in states.paths(state['buffers']).items():  # codebook statistics too
     np.testing.assert_allclose(
         leaf, states.paths(alone[2]['buffers'])[path], rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+def _born_equal(alone, start):
+  """The same bits are drawn; what compilers make of them for parts may round the other way."""
+  if np.issubdtype(alone.dtype, np.floating):
+    np.testing.assert_array_max_ulp(alone, start, maxulp=1)
+  else:
+    np.testing.assert_array_equal(alone, start)
 
 
 @functools.cache
