@@ -24,14 +24,20 @@ from smalti.tokenizers.autoencoder import AutoencoderConfig
 from smalti.tokenizers.bernoulli import BernoulliConfig
 from smalti.tokenizers.binary import BSQConfig, LFQConfig
 from smalti.tokenizers.clustering import ClusteringConfig
+from smalti.tokenizers.entropy import EntropyConfig
 from smalti.tokenizers.grouped import GroupedConfig
+from smalti.tokenizers.gumbel import GumbelConfig
 from smalti.tokenizers.ibq import IBQConfig
 from smalti.tokenizers.image import LossWeights
+from smalti.tokenizers.multiscale import MultiScaleConfig
+from smalti.tokenizers.partitioned import PartitionedConfig
 from smalti.tokenizers.quantizer import QuantizerConfig
+from smalti.tokenizers.recurrent import RecurrentConfig
 from smalti.tokenizers.residual import ResidualConfig
 from smalti.tokenizers.scalar import FSQConfig
 from smalti.tokenizers.simvq import SimVQConfig
 from smalti.tokenizers.sinkhorn import SinkhornConfig
+from smalti.tokenizers.sparse import SparseConfig
 from smalti.tokenizers.vq import VQConfig
 
 DIM = 32  # of all codes that are vectors
@@ -58,6 +64,17 @@ ROWS: dict[str, tuple[QuantizerConfig, LossWeights]] = {  # the most important f
     'grvq': (  # 10.3 bits
         GroupedConfig(quantizer=ResidualConfig(
             quantizer=VQConfig(codes=6, dim=DIM // 2), levels=2)), LossWeights()),
+    'multiscale': (  # 130 codes of 30, 637.9 bits
+        MultiScaleConfig(quantizer=VQConfig(codes=30, dim=DIM, update='gradient'),
+                         scales=(1, 2, 3, 4, 6, 8)), LossWeights()),
+    'vq_entropy': (
+        VQConfig(codes=1024, dim=DIM, update='gradient', entropy=EntropyConfig()), LossWeights()),
+    'gumbel': (GumbelConfig(codes=1024, dim=DIM, steps=2000), LossWeights(entropy=5e-4)),
+    'mcrvq': (  # three codes of 10, 637.8 bits
+        PartitionedConfig(quantizer=VQConfig(codes=10, dim=DIM), levels=3, split=2, dropout=0.0),
+        LossWeights()),
+    'sparse': (SparseConfig(codes=32, dim=DIM, active=2), LossWeights()),
+    'recurrent': (RecurrentConfig(dim=DIM, bits=5, levels=2, hidden=128), LossWeights()),
 }
 REPEATED = ('vq', 'fsq', 'simvq', 'lfq', 'residual')  # which the text compares: three seeds
 SIZES = {
@@ -95,4 +112,5 @@ def get_sweep(size: str = 'base') -> dict[str, Experiment]:
     experiment: Any = get_config(size)
     experiment.model.quantizer, experiment.model.weights = ROWS[row]
     found[name] = dataclasses.replace(experiment, seed=seed)
+  found['untrained_encoder'] = dataclasses.replace(found['vq'], fixed=('encoder',))  # a control
   return found

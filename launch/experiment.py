@@ -119,6 +119,8 @@ class Experiment:
     optimizer: the optimizer of all parameters but the discriminator's.
     discriminator: the optimizer of the group `discriminator`, where the model has one; its `start`
       is that of the adversary. None is `optimizer` once more.
+    fixed: parts of the model, by the path of a parameter or of what holds it, which stay as they
+      started or came with --init_from.
     seed: all randomness of the run is folded from it by purpose.
     deterministic: asks the compiler for bitwise repeatable kernels on GPUs, at some cost.
   """
@@ -132,6 +134,7 @@ class Experiment:
   ema: float | None = 0.999
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   discriminator: OptimizerConfig | None = None
+  fixed: tuple[str, ...] = ()
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
   log: LogConfig = dataclasses.field(default_factory=LogConfig)

@@ -1,5 +1,6 @@
 """Optimizers by group: clipping, schedule and start live inside the group."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,17 +26,23 @@ def schedule(config: Any, steps: int) -> Callable[[Any], Any]:
   return optax.join_schedules([warm, after], [config.warmup])
 
 
-def make(config: Any, discriminator: Any | None, steps: int) -> optax.GradientTransformation:
+def make(config: Any, discriminator: Any | None, steps: int, fixed: tuple[str, ...] = ()
+         ) -> optax.GradientTransformation:
   """AdamW for all parameters; those under `discriminator` have a group of their own.
+
+  Parameters under the paths `fixed` are not moved, and have no moments.
 
   A group that has not started is masked with its state: its moments and count begin at its own
   first step. (Idle zero gradients would spend Adam's bias correction.)
   """
   groups = {'model': _group(config, steps)}
-  if discriminator is None:
+  if discriminator is not None:
+    groups['discriminator'] = _group(discriminator, steps)
+  if fixed:
+    groups['fixed'] = optax.set_to_zero()
+  if len(groups) == 1:
     return groups['model']
-  groups['discriminator'] = _group(discriminator, steps)
-  return optax.partition(groups, _labels)
+  return optax.partition(groups, functools.partial(_labels, fixed=fixed))
 
 
 def _group(config: Any, steps: int) -> optax.GradientTransformation:
@@ -52,9 +59,22 @@ def _group(config: Any, steps: int) -> optax.GradientTransformation:
   return group
 
 
-def _labels(params: Any) -> Any:
-  return jax.tree_util.tree_map_with_path(
-      lambda path, _: 'discriminator' if path[0].key == 'discriminator' else 'model', params)
+def _labels(params: Any, fixed: tuple[str, ...] = ()) -> Any:
+  unused = set(fixed)
+
+  def label(path: tuple, _: Any) -> str:
+    name = '/'.join(str(entry.key) for entry in path)
+    for part in fixed:
+      if f'{name}/'.startswith(f'{part}/'):
+        unused.discard(part)
+        return 'fixed'
+    return 'discriminator' if path[0].key == 'discriminator' else 'model'
+
+  labels = jax.tree_util.tree_map_with_path(label, params)
+  if unused:
+    raise ValueError(f'fixed={sorted(unused)[0]} is no part of the model; it has '
+                     f'{", ".join(params)}.')
+  return labels
 
 
 def _decayed(params: Any) -> Any:

@@ -86,7 +86,7 @@ class Job:
     self.build = functools.partial(runs.build, experiment.model, self.spec)
     self.structure = states.structure(lambda: self.build(_rngs(0)))
     self.optimizer = optimizers.make(
-        experiment.optimizer, _discriminator(experiment), experiment.steps)
+        experiment.optimizer, _discriminator(experiment), experiment.steps, experiment.fixed)
     self.rate = optimizers.schedule(experiment.optimizer, experiment.steps)
     self.state = self._state(init_from)
     self.start = int(self.state['step'])

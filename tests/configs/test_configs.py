@@ -46,6 +46,17 @@ def test_every_size_builds_with_its_published_count(name, size):
   assert serialization.to_json(serialization.from_json(text, type(experiment))) == text
 
 
+def test_rows_of_the_quantizer_study_have_one_rate_and_one_net():
+  from smalti.configs import quantizers
+  parts = []
+  for row, experiment in quantizers.get_sweep().items():
+    model = nnx.eval_shape(lambda e=experiment: e.model.build(rngs=nnx.Rngs(0)))
+    assert abs(model.spec.bits / 640 - 1) < (0.04 if row == 'grvq' else 0.02), row
+    params, _ = states.Structure.of(model).split(model)
+    parts.append(states.count(params['encoder']) + states.count(params['decoder']))
+  assert max(parts) < 1.06 * min(parts)  # convolutions to the codes' channels alone differ
+
+
 def test_every_sharding_rule_matches_a_parameter_of_some_config():
   unused = set(range(len(meshes.RULES)))
   for name, size in SIZES:

@@ -76,6 +76,20 @@ def test_a_late_player_starts_with_the_update_of_a_fresh_adam(key):
   np.testing.assert_allclose(abs(state['params']['discriminator']), 0.01, rtol=1e-3)
 
 
+def test_what_is_fixed_is_not_moved_and_has_no_moments():
+  config = OptimizerConfig(rate=0.1, warmup=0, schedule='constant', weight_decay=0.5)
+  params = {'encoder': {'kernel': jnp.ones(2)}, 'encoder2': {'kernel': jnp.ones(2)},
+            'discriminator': {'kernel': jnp.ones(2)}}
+  rule = optimizers.make(config, config, 10, ('encoder', 'discriminator/kernel'))
+  state = rule.init(params)
+  assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == 2 * 2
+  updates, _ = rule.update(jax.tree.map(jnp.ones_like, params), state, params)
+  assert not updates['encoder']['kernel'].any()
+  assert not updates['discriminator']['kernel'].any() and updates['encoder2']['kernel'].all()
+  with pytest.raises(ValueError, match='fixed=nothing .* encoder, encoder2'):
+    optimizers.make(config, None, 10, ('nothing',)).init(params)
+
+
 @pytest.mark.parametrize('accumulate', [2, 4])
 def test_accumulation_forms_the_weighted_mean(key, accumulate):
   rng = np.random.default_rng(0)
