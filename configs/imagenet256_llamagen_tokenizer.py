@@ -1,11 +1,14 @@
-"""LlamaGen's VQ-16 tokenizer of ImageNet at 256 px (arXiv 2406.06525), without its GAN.
+"""LlamaGen's VQ-16 tokenizer of ImageNet at 256 px (arXiv 2406.06525).
 
   smalti train --config=imagenet256_llamagen_tokenizer --workdir=DIR --config.data.folder=TFDS_DIR
 
-Reconstruction and codebook terms only: PatchGAN and LPIPS, which the published run adds, are not
-part of this config.
+VQGAN's networks, 16,384 codes of 8 channels on a sphere; L2 and LPIPS, PatchGAN from step 20,000 at
+a fixed weight. Without the weights of LPIPS: --config.model.perceptual=proxy, or none.
 """
 
+from typing import Any
+
+from smalti.data.augment import AugmentConfig
 from smalti.data.catalogue import TFDSConfig
 from smalti.launch.experiment import (
     CheckpointConfig,
@@ -15,20 +18,25 @@ from smalti.launch.experiment import (
     OptimizerConfig,
     Published,
 )
+from smalti.networks.discriminator import PatchDiscriminatorConfig
+from smalti.tokenizers.adversary import AdversaryConfig
 from smalti.tokenizers.autoencoder import AutoencoderConfig
 from smalti.tokenizers.projected import ProjectedConfig
 from smalti.tokenizers.vq import VQConfig
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     'debug': dict(image=16, width=16, multipliers=(1, 2), blocks=1, codes=64, batch_size=8, steps=2,
-                  published=None, dim=16),
+                  published=None, dim=16, perceptual='none', start=1,
+                  discriminator=PatchDiscriminatorConfig(width=8, layers=1)),
     'base': dict(image=256, width=128, multipliers=(1, 1, 2, 2, 4), blocks=2, codes=16384,
-                 batch_size=128, steps=400_000, published=71.9e6, dim=256),
+                 batch_size=128, steps=400_000, published=71.9e6, dim=256, perceptual='lpips',
+                 start=20_000, discriminator=PatchDiscriminatorConfig()),
 }
 
 
 def get_config(size: str = 'base') -> Experiment:
   options = SIZES[size]
+  adam = OptimizerConfig(rate=1e-4, schedule='constant', weight_decay=0.05, betas=(0.9, 0.95))
   return Experiment(
       model=AutoencoderConfig(
           image_size=(options['image'],) * 2, channels=3, width=options['width'],
@@ -36,12 +44,16 @@ def get_config(size: str = 'base') -> Experiment:
           quantizer=ProjectedConfig(
               dim=options['dim'],
               quantizer=VQConfig(codes=options['codes'], dim=8, cosine=True, update='gradient')),
+          perceptual=options['perceptual'],
+          adversary=AdversaryConfig(
+              discriminator=options['discriminator'], weight=0.5, start=options['start']),
           dtype='float32' if size == 'debug' else 'bfloat16'),
-      data=TFDSConfig(name='imagenet2012', size=options['image']),
+      data=TFDSConfig(name='imagenet2012', size=options['image'],
+                      augment=AugmentConfig(flip=True)),
       steps=options['steps'],
       batch_size=options['batch_size'],
-      optimizer=OptimizerConfig(
-          rate=1e-4, schedule='constant', weight_decay=0.05, betas=(0.9, 0.95)),
+      optimizer=adam,
+      discriminator=adam,
       ema=0.9999,
       mesh=MeshConfig(data=-1),
       checkpoint=CheckpointConfig(every=5000, best='eval/mse'),

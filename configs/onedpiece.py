@@ -25,7 +25,7 @@ SIZES = {
     'debug': dict(image=8, channels=1, patch=4, layers=1, width=16, heads=2, registers=4,
                   levels=(5, 5), batch_size=16, steps=2, data=DigitsConfig()),
     'small': dict(image=32, channels=3, patch=4, layers=4, width=128, heads=4, registers=16,
-                  levels=(8, 8, 8, 5, 5, 5), batch_size=32, steps=5000,
+                  levels=(8, 8, 8, 5, 5, 5), batch_size=32, steps=4500,
                   data=CifarJpegConfig(augment=AugmentConfig(flip=True))),
     'base': dict(image=32, channels=3, patch=4, layers=6, width=192, heads=6, registers=32,
                  levels=(8, 8, 8, 5, 5, 5), batch_size=128, steps=50_000,
@@ -35,7 +35,6 @@ SIZES = {
 
 def get_config(size: str = 'base') -> Experiment:
   options = SIZES[size]
-  # Xavier's start: at these widths published N(0, 0.02) leaves FSQ's inputs near zero
   blocks = [plain(options['layers'], options['width'], options['heads'], init='xavier')
             for _ in range(2)]
   return Experiment(
@@ -43,7 +42,7 @@ def get_config(size: str = 'base') -> Experiment:
           image_size=(options['image'],) * 2, channels=options['channels'],
           patch=options['patch'], encoder=blocks[0], decoder=blocks[1],
           registers=options['registers'], quantizer=FSQConfig(levels=options['levels']),
-          smooth=True, drop='uniform'),
+          positions='sincos', smooth=True, drop='uniform'),
       data=options['data'],
       steps=options['steps'],
       batch_size=options['batch_size'],

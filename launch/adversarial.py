@@ -47,16 +47,23 @@ def seconds(workdir: pathlib.Path) -> float:
 
 
 def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """Means over the seeds for which all arms are there, and what the adversary changed."""
+  """Every number of an arm by seed and its mean, and what the adversary changed, seed by seed."""
+  found: dict[str, Any] = {}
   names = [name for name in rows[0] if name not in ('seed', 'arm')]
-  seeds = [seed for seed in sorted({row['seed'] for row in rows})
-           if sum(row['seed'] == seed for row in rows) == len(ARMS)]
-  by = {(row['seed'], row['arm']): row for row in rows}
-  means = {arm: {name: float(np.mean([by[seed, arm][name] for seed in seeds])) for name in names}
-           for arm in ARMS} if seeds else {}
-  changes = [{name: by[seed, 'gan'][name] - by[seed, 'more'][name] for name in names}
-             for seed in seeds]
-  return {'seeds': seeds, 'means': means, 'gan_minus_more': changes}
+  by = {(row['arm'], row['seed']): row for row in rows}
+  for arm in ARMS:
+    each = {name: [row[name] for row in rows if row['arm'] == arm] for name in names}
+    found[arm] = _means(each) if each['images'] else {'state': 'not run'}
+  pairs = [(by['gan', seed], by['more', seed]) for arm, seed in by
+           if arm == 'gan' and ('more', seed) in by]
+  if pairs:
+    found['gan - more'] = _means({name: [a[name] - b[name] for a, b in pairs] for name in names
+                                  if name != 'images'})
+  return found
+
+
+def _means(each: dict[str, list[float]]) -> dict[str, Any]:
+  return {name: {'mean': float(np.mean(values)), 'each': values} for name, values in each.items()}
 
 
 def define(values: Any) -> None:
@@ -87,9 +94,8 @@ def main(values: Any) -> int:
       rows.append(json.loads(kept.read_text()))
       say('  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
                     for k, v in rows[-1].items()))
-      provenance.record(
-          values.out, None, {'rows': rows, **compare(rows)},
-          planned=[f'{a} {s}' for s in range(values.seeds) for a in ARMS])
+      provenance.record(values.out, None, compare(rows), seeds=values.seeds, finished=len(rows),
+                        planned=values.seeds * len(ARMS))
   return 0
 
 

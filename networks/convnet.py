@@ -36,7 +36,8 @@ class ConvOptions:
 
   MaskGIT's are ConvOptions(bias=False, extra=0, pointwise=True, down='pool'); Open-MAGVIT2 has
   ConvOptions(bias=False, middle=4, extra=0, pointwise=True, up='shuffle', adaptive=True), and pads
-  its stride-2 convolutions on all sides.
+  its stride-2 convolutions on all sides. Binary Latent Diffusion has ConvOptions(extra=0,
+  first=True) for 64 bits, and extra=4 for 128.
 
   Attributes:
     bias: of the stem and of residual blocks.
@@ -46,6 +47,7 @@ class ConvOptions:
     down: 'conv' of stride 2, or 'pool', means of 2 x 2 pixels.
     up: 'nearest' neighbours and a convolution, or 'shuffle', a convolution to four times the
       channels, which become 2 x 2 pixels.
+    first: the decoder begins with a norm of the latents.
     adaptive: before each level of the decoder, a norm whose gain and shift are linear in the
       deviation and the mean of the latents over the image: decoding a part of an image, or a
       prefix, then depends on the rest.
@@ -56,6 +58,7 @@ class ConvOptions:
   pointwise: bool = False
   down: Literal['conv', 'pool'] = 'conv'
   up: Literal['nearest', 'shuffle'] = 'nearest'
+  first: bool = False
   adaptive: bool = False
 
   def __post_init__(self):
@@ -122,6 +125,7 @@ class ConvDecoder(nnx.Module):
     layers = layers or ConvOptions()
     self.patch, self.dtype = patch, dtype
     inside = width * multipliers[-1]
+    self.first = Norm(features, swish=False, rngs=rngs) if layers.first else None
     self.input = conv(features, inside, dtype=dtype, rngs=rngs)
     self.middle = Middle(
         inside, blocks=layers.middle, attention=len(multipliers) - 1 in attention, dropout=dropout,
@@ -148,6 +152,7 @@ class ConvDecoder(nnx.Module):
             ) -> Float[Array, 'b _h _w c']:
     """All layers but the last convolution."""
     latents = x
+    x = x if self.first is None else self.first(x)
     x = self.input(x.astype(self.dtype))
     x = self.middle(x, key=fold(key, len(self.levels)), train=train)
     for i, level in enumerate(self.levels):

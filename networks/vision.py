@@ -78,15 +78,19 @@ class GridPositions(nnx.Module):
 
 
 class Projection(nnx.Module):
-  """A linear map to float32, after a layer of `hidden` tanh units where there are any."""
+  """A linear map to float32, after a layer of `hidden` tanh units where there are any.
+
+  With `scale`, outputs start with that deviation for normed inputs, whatever the width.
+  """
 
   def __init__(self, config: TransformerConfig, inputs: int, outputs: int, *, hidden: int = 0,
-               rngs: nnx.Rngs):
+               scale: float | None = None, rngs: nnx.Rngs):
     self.hidden = Linear(inputs, hidden, bias=True, std=std(config, inputs, hidden),
                          dtype=config.dtype, rngs=rngs) if hidden else None
     inputs = hidden or inputs
-    self.output = Linear(inputs, outputs, bias=True, std=std(config, inputs, outputs),
-                         dtype=config.dtype, result='float32', rngs=rngs)
+    deviation = std(config, inputs, outputs) if scale is None else scale * inputs ** -0.5
+    self.output = Linear(inputs, outputs, bias=True, std=deviation, dtype=config.dtype,
+                         result='float32', rngs=rngs)
 
   def __call__(self, x: Float[Array, 'b n c']) -> Float[Array, 'b n f']:
     return self.output(x if self.hidden is None else jnp.tanh(self.hidden(x)))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from smalti.networks.augmentation import Augmentation, augment
 from smalti.networks.discriminator import BlurDiscriminatorConfig, DiscriminatorConfig
 from smalti.tokenizers.quantizer import Buffer, Statistics, sg
 
@@ -45,6 +46,8 @@ class AdversaryConfig:
     decay: of LeCAM's averages, per step.
     penalty: weight of R1 (Mescheder et al. 2018, arXiv 1801.04406) in the discriminator's loss,
       mean |d D(x) / dx|^2 over real images (MaskGIT 10; BSQ 5, as 80 at every 16th step).
+    augment: what images go through before they are judged in training, real ones and others, see
+      `augmentation.augment`: for few images (an option of BLD).
   """
   discriminator: DiscriminatorConfig = dataclasses.field(default_factory=BlurDiscriminatorConfig)
   loss: Loss = 'hinge'
@@ -56,6 +59,7 @@ class AdversaryConfig:
   lecam: float = 0.0
   decay: float = 0.999
   penalty: float = 0.0
+  augment: Augmentation = 'none'
 
   def __post_init__(self):
     for name in ('weight', 'limit', 'start', 'warm', 'lecam', 'penalty'):
@@ -95,10 +99,11 @@ class Adversary(nnx.Module):
     self.kind, self.base = config.loss, config.weight
     self.adaptive, self.limit = config.adaptive, config.limit
     self.start, self.warm = config.start, config.warm
-    self.strength, self.penalty = config.lecam, config.penalty
+    self.strength, self.penalty, self.augment = config.lecam, config.penalty, config.augment
     self.lecam = Lecam(config.decay) if config.lecam else None
 
-  def play(self, x: Float[Array, 'b h w c'], y: Float[Array, 'b h w c'], step: Array) -> Round:
+  def play(self, x: Float[Array, 'b h w c'], y: Float[Array, 'b h w c'], step: Array, key: Array
+           ) -> Round:
     """One step of both players on images and their reconstructions, as constants.
 
     Before `start` everything in it is zero. Accelerators then compute nothing; on CPUs it is
@@ -106,14 +111,16 @@ class Adversary(nnx.Module):
     """
     graph, *parts = nnx.split(self.network, nnx.Param, ...)
     params, rest = parts
-    x, y = sg(x), sg(y)
+    seen, other = jax.random.split(key)
+    x, y = augment(sg(x), self.augment, seen), sg(y)
 
     def judge(params: Any, images: Array) -> Float[Array, 'b n']:
       return nnx.merge(graph, params, rest)(images)
 
     def play(params: Any, x: Array, y: Array) -> tuple:
       real, of_real = jax.vjp(lambda params: judge(params, x), params)
-      fake, of_fake = jax.vjp(judge, params, y)
+      fake, of_fake = jax.vjp(
+          lambda params, y: judge(params, augment(y, self.augment, other)), params, y)
       generator, felt = jax.value_and_grad(lambda fake: generator_loss(self.kind, fake))(fake)
       _, push = of_fake(felt)
       (_, metrics), (d_real, d_fake) = jax.value_and_grad(

@@ -231,7 +231,8 @@ class ImageTokenizer(Tokenizer):
       loss, terms = likeness(y)
       play, statistics = self.discriminator.metrics(x, y), None
     else:
-      loss, terms, play, statistics = self._against(x, y, h, likeness, step)
+      loss, terms, play, statistics = self._against(
+          x, y, h, likeness, step, jax.random.fold_in(key, 4))  # beside the four above
     loss = loss + weights.total(q.losses, step, train=train)
     if judge is not None:
       terms[judge.name] = terms.pop('perceptual')
@@ -242,14 +243,15 @@ class ImageTokenizer(Tokenizer):
                   'statistics': {k: v for k, v in found.items() if v is not None} or None}
 
   def _against(self, x: Float[Array, 'b h w c'], y: Float[Array, 'b h w c'], h: Array,
-               likeness: Callable[[Array], tuple[Array, dict[str, Array]]], step: Array) -> tuple:
+               likeness: Callable[[Array], tuple[Array, dict[str, Array]]], step: Array,
+               key: Array) -> tuple:
     """The loss with its adversary, terms, metrics and statistics of a step of training.
 
     Both players' gradients are taken at the image, weighed there, and go through the decoder
     together: one backward pass, whatever the weight depends on.
     """
     (value, terms), toward = jax.value_and_grad(likeness, has_aux=True)(sg(y))
-    play: Round = self.discriminator.play(x, y, step)
+    play: Round = self.discriminator.play(x, y, step, key)
     ratio: Any = 1.0
     if self.discriminator.adaptive:
       ours, theirs = (self._pull(sg(h), push) for push in (toward, play.push))

@@ -1,8 +1,10 @@
 """The bench measures what it says: rows with goals, judged by the upper quartile; a smoke test."""
 
+import numpy as np
 import pytest
 
-from smalti.launch import bench
+from smalti.launch import bench, bench_quantizers
+from smalti.tokenizers.vq import VQConfig
 
 
 @pytest.mark.parametrize(('quartile', 'goal', 'met'), [
@@ -22,3 +24,13 @@ def test_the_pipeline_is_timed_against_numpy(tmp_path):
   found = row.to_json()
   assert 0.1 < found['cpu_ratio']['median'] < 100 and found['goal'] == 2.0
   assert found['our_time']['cpu_seconds']['median'] > 0
+
+
+def test_the_step_that_is_timed_trains_a_codebook():
+  step = bench_quantizers.Step(VQConfig(codes=16, dim=3, init='normal', revival=0.0), 40)
+  z, codes = step.z[0], step.codebooks[0]
+  np.testing.assert_array_equal(
+      step.tokens[:, 0], np.square(z[:, None] - codes).sum(-1).argmin(-1))
+  assert not np.array_equal(step.state['codebook'][...], codes)
+  (_, by_z), _, _ = step.run()
+  assert np.any(np.asarray(by_z) != 1) and step.bytes > 0 and step.measure(2).cpu > 0

@@ -166,7 +166,7 @@ def test_the_penalty_reaches_the_discriminator_alone():
   def run(penalty):
     config = AdversaryConfig(**PLAYER, penalty=penalty)
     t = AutoencoderConfig(**SMALL, adversary=config).build(rngs=nnx.Rngs(0)).discriminator
-    return jax.jit(lambda t: t.play(IMAGES, 0.5 * IMAGES, 0))(t)
+    return jax.jit(lambda t: t.play(IMAGES, 0.5 * IMAGES, 0, jax.random.key(0)))(t)
 
   plain, steep = run(0.0), run(3.0)
   graph, *parts = nnx.split(AutoencoderConfig(
@@ -177,6 +177,18 @@ def test_the_penalty_reaches_the_discriminator_alone():
   for a, b, c in zip(*map(jax.tree.leaves, (plain.gradient, steep.gradient, extra)), strict=True):
     np.testing.assert_allclose(b, a + 3 * c, rtol=1e-4, atol=1e-6)
   assert steep.metrics['adversary/slope'] > 0
+
+
+def test_both_players_see_augmented_images_and_the_gradient_passes():
+  config = AdversaryConfig(**PLAYER, augment='color+translation')
+  t = AutoencoderConfig(**SMALL, adversary=config).build(rngs=nnx.Rngs(0)).discriminator
+  run = jax.jit(lambda t, key: t.play(IMAGES, 0.5 * IMAGES, 0, key))
+  first, second = run(t, jax.random.key(0)), run(t, jax.random.key(1))
+  for name in ('adversary/real', 'adversary/fake'):
+    assert first.metrics[name] != second.metrics[name]
+  assert first.push.shape == IMAGES.shape and bool(jnp.any(first.push != second.push))
+  np.testing.assert_array_equal(  # judged as it is where nothing is learned
+      t.metrics(IMAGES, IMAGES)['adversary/real'], jnp.mean(t.network(IMAGES)))
 
 
 def test_evaluation_plays_nothing_and_reports_held_out_logits():
