@@ -22,6 +22,7 @@ Noise = Literal['linear', 'cosine', 'polynomial', 'geometric']
 Ratio = Literal['cosine', 'arccos', 'linear']
 Grid = Literal['uniform', 'cosine']
 Guidance = Literal['constant', 'linear', 'power_cosine', 'interval']
+Kept = Literal['linear', 'cosine', 'sigmoid']
 
 
 class Schedule:
@@ -200,6 +201,28 @@ def unmasking(grid: Grid, steps: int) -> np.ndarray:
   chance = np.diff(alpha) / (1 - alpha[:-1])
   chance[-1] = 1.0  # exactly: nothing stays masked
   return chance.astype(np.float32)
+
+
+def kept(name: Kept, steps: int) -> Float[np.ndarray, 't']:
+  """k_t at t = 0..steps of binary diffusion, float64: what of a bit is left; 1 to exactly 0.
+
+  'linear' is 1 - t/T, 'cosine' (1 + cos(pi t/T)) / 2, 'sigmoid' the logistic function of -3 t/T at
+  a temperature of 0.8, between its ends (ZeWang95/BinaryLatentDiffusion).
+  """
+  if steps < 1:
+    raise ValueError(f'steps={steps} must be at least 1.')
+  u = np.arange(steps + 1) / steps
+  if name == 'linear':
+    k = 1 - u
+  elif name == 'cosine':
+    k = (1 + np.cos(math.pi * u)) / 2
+  elif name == 'sigmoid':
+    curve = 1 / (1 + np.exp(-3 * u / 0.8))
+    k = (curve[-1] - curve) / (curve[-1] - curve[0])
+  else:
+    raise ValueError(f'schedule={name!r} is not one of linear, cosine, sigmoid.')
+  k[-1] = 0.0
+  return k
 
 
 def guidance(name: Guidance, scale: Float[Array, ''] | float, steps: int, *,

@@ -1,0 +1,436 @@
+"""Binary latent diffusion: bits are flipped at random, and a network turns them back.
+
+Wang et al. 2023, arXiv 2304.04820 (ZeWang95/BinaryLatentDiffusion), for tokens that are made of
+bits (Bernoulli codes, LFQ, BSQ). Forward, bit by bit, q(z_t = 1 | z_0) = k_t z_0 + (1 - k_t) / 2
+with k_0 = 1 and k_T = 0: at T nothing is left. Backward, with p = p_theta(z_0 = 1 | z_t),
+
+    p_theta(z_s = 1 | z_t) = p q(z_s = 1 | z_t, z_0 = 1) + (1 - p) q(z_s = 1 | z_t, z_0 = 0),
+
+the mixture that the paper states. What it then prints, and its code computes, is a product,
+~ q(z_t | z_s) (k_s p + (1 - k_s) / 2), and p at s=0: another distribution, biased even with a
+perfect network (a bit that is 1 with 0.9 is drawn so with 0.81 in 16 steps and 0.77 in 64).
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from smalti.generators import logits as processing, schedules
+from smalti.generators.generator import Generator, GeneratorConfig, Sample, Settings, settings
+from smalti.networks.layers import Embedding, Linear, TimeEmbedding
+from smalti.networks.transformer import Transformer, TransformerConfig
+from smalti.tokenizers.spec import TokenSpec
+
+Reverse = Literal['mixture', 'product']
+ENUMERABLE = 8  # bits whose states `elbo` may enumerate
+NEVER = -1e30  # the logarithm of what cannot be; infinite ones have no gradient
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class BinaryConfig(GeneratorConfig):
+  """A bidirectional transformer over positions, whose input and output are all bits of one.
+
+  Args:
+    transformer: with `modulated` time and class enter by adaLN, otherwise as tokens of their own
+      (published); `axes` is 0, 1 (the raster index) or the number of axes of the grid.
+    classes: number of labels; 0 is unconditional.
+    label_dropout: chance per example of training on the null label (the published code drops the
+      labels of a whole batch).
+    steps: T (64).
+    schedule: k_t, see `schedules.kept`.
+    predict: what the network's logits are about: 'flip', that a bit is not what it was, or 'clean',
+      what it was. Flips are the published choice (arXiv 2410.14672 measures 3.17 against 4.39).
+    reverse: what the bound is of; 'product' is the published code's.
+    vlb: weight of the bound beside the cross-entropy of the clean bits, both in nats per bit
+      (0.1). Negative is refused.
+  """
+  transformer: TransformerConfig
+  classes: int = 0
+  label_dropout: float = 0.1
+  steps: int = 64
+  schedule: schedules.Kept = 'linear'
+  predict: Literal['flip', 'clean'] = 'flip'
+  reverse: Reverse = 'mixture'
+  vlb: float = 0.1
+
+  def build(self, spec: TokenSpec, *, rngs: nnx.Rngs) -> 'Binary':
+    return Binary(self, spec, rngs=rngs)
+
+
+@settings
+class BinarySettings(Settings):
+  """How to sample.
+
+  Args:
+    steps: passes, over a subset of the trained times; None is all of them.
+    reverse: see the module; 'product' repeats published samples.
+    temperature: divides the network's logits (published 0.9); 0 takes the likelier value.
+    last: how bits become clean ones: 'draw', exact, or 'threshold', the likelier value (published).
+    clamp: known bits on the way: 'clean', as they are (published), or 'renoise', with the noise of
+      the step, which is what the network was trained on.
+    guidance: s in u + s (c - u), 1 is unguided; None is one pass without the null label. The
+      published (1 + w) c - w u with w = 10 is s = 11.
+    guidance_schedule: see `schedules.guidance`, with its power, start and stop.
+    trace: keep the states on the way.
+  """
+  steps: int | None = None
+  reverse: Reverse = 'mixture'
+  temperature: float = 1.0
+  last: Literal['draw', 'threshold'] = 'draw'
+  clamp: Literal['clean', 'renoise'] = 'renoise'
+  guidance: float | None = None
+  guidance_schedule: schedules.Guidance = 'constant'
+  guidance_power: float = 1.0
+  guidance_start: float = 0.0
+  guidance_stop: float = 1.0
+  trace: bool = False
+
+
+class Binary(Generator):
+  """p(z_0 | z_t, label) bit by bit, the bound of the diffusion, and its samplers.
+
+  Inside, tokens are the bits of the spec, [b, n, k], k of one position seen by one token of the
+  transformer.
+  """
+
+  settings = BinarySettings
+
+  def __init__(self, config: BinaryConfig, spec: TokenSpec, *, rngs: nnx.Rngs):
+    if not (set(spec.vocab) == {2} or set(spec.factors) == {2}):
+      raise ValueError(
+          f'vocab={spec.vocab} with factors={spec.factors}: the codes of this tokenizer are not '
+          'made of bits; take Bernoulli, LFQ or BSQ codes, or another generator.')
+    self.spec, self.bits, self.classes = spec, spec.view('bits'), config.classes
+    self.label_dropout, self.vlb = config.label_dropout, config.vlb
+    self.steps, self.predict, self.reverse = config.steps, config.predict, config.reverse
+    self.kept = tuple(schedules.kept(config.schedule, config.steps).tolist())
+    if config.predict not in ('flip', 'clean'):
+      raise ValueError(f'predict={config.predict!r} is not one of flip, clean.')
+    _check_reverse(config.reverse)
+    if not 0 <= config.label_dropout <= 1:
+      raise ValueError(f'label_dropout={config.label_dropout} must be within 0..1.')
+    if config.vlb < 0:
+      raise ValueError(f'vlb={config.vlb} must not be negative.')
+    body, depth = config.transformer, self.bits.depth
+    if body.axes not in (0, 1, len(spec.grid)):
+      raise ValueError(
+          f'axes={body.axes} must be 0, 1 or {len(spec.grid)} for the grid {spec.grid}.')
+    self.input = Linear(depth, body.width, bias=True, dtype=body.dtype, rngs=rngs)
+    self.place = Embedding(spec.length, body.width, dtype=body.dtype, rngs=rngs)
+    self.time = TimeEmbedding(body.width, rngs=rngs)
+    self.label = Embedding(  # the last row is the null label
+        config.classes + 1, body.width, dtype=body.dtype, rngs=rngs) if config.classes else None
+    self.transformer = Transformer(body, rngs=rngs)
+    self.head = Linear(body.width, depth, bias=True, std=0, dtype=body.dtype, result='float32',
+                       rngs=rngs)
+
+  def logits(self, z: Int[Array, 'b n k'], t: Int[Array, 'b'], labels: Int[Array, 'b'] | None, *,
+             key: Array | None = None, train: bool = False) -> Float[Array, 'b n k']:
+    """log p(z_0 = 1 | z_t) / p(z_0 = 0 | z_t) of every bit."""
+    x, where = self._inputs(z, t, labels)
+    y = self.head(self.transformer(x, **where, key=key, train=train)[:, -self.spec.length:])
+    return y * (1 - 2 * z) if self.predict == 'flip' else y
+
+  def _inputs(self, z: Int[Array, 'b n k'], t: Int[Array, 'b'], labels: Int[Array, 'b'] | None
+              ) -> tuple[Float[Array, 'b m c'], dict[str, Any]]:
+    x = self.input(2.0 * z - 1) + self.place(jnp.arange(self.spec.length))
+    extra = [self.time(t / self.steps)]
+    if self.label is not None:
+      extra.append(self.label(labels).astype(jnp.float32))
+    positions = np.arange(self.spec.length)[:, None]
+    if self.transformer.axes > 1:
+      positions = self.spec.coordinates()
+    if self.transformer.modulated:
+      return x, {'positions': jnp.asarray(positions), 'modulation': sum(extra)}
+    # tokens at coordinate 0, which does not rotate
+    x = jnp.concatenate([jnp.stack(extra, 1).astype(x.dtype), x], 1)
+    positions = np.concatenate([np.zeros_like(positions[:1])] * len(extra) + [positions])
+    return x, {'positions': jnp.asarray(positions)}
+
+  def hidden(self, tokens: Int[Array, 'b n d'], *, blocks: tuple[int, ...], keys: Array,
+             noise: float | Array = 0.0) -> list[Float[Array, 'b n c']]:
+    """What the numbered blocks (1 the first) hold at every position, for probes.
+
+    Args:
+      noise: the share of T, rounded to a step, at which bits are seen, flipped by an example's own
+        key. The label is never told.
+    """
+    bits = self.spec.to('bits', jnp.asarray(tokens, jnp.int32))
+    t = jnp.clip(jnp.rint(noise * self.steps).astype(jnp.int32), 1, self.steps)
+    keep = jnp.where(noise > 0, jnp.asarray(self.kept, jnp.float32)[t], 1.0)
+    z = flip(bits, jax.vmap(lambda key: jax.random.uniform(key, bits.shape[1:]))(keys), keep)
+    labels = None if self.label is None else jnp.full(len(bits), self.classes)
+    x, where = self._inputs(z, jnp.broadcast_to(t, len(bits)), labels)
+    return [y[:, -self.spec.length:]
+            for y in self.transformer.hidden(x, blocks=blocks, **where)]
+
+  # ---- training and likelihood
+
+  def loss(self, batch: dict[str, Array], *, step: Array, key: Array, train: bool = True
+           ) -> tuple[Array, dict[str, Any]]:
+    """Mean nats per bit of the cross-entropy of the clean bits, and `vlb` times the bound.
+
+    `metrics`: `nll`, the bound in nats per token of the spec (unbiased), `bits_per_token`,
+    `cross_entropy` in nats per bit, and `accuracy` of the clean bits. Held-out batches return the
+    bound, without label dropout.
+    """
+    del step
+    bits, labels = self._read(batch)
+    drop, time, noise, inner = jax.random.split(key, 4)
+    if train and labels is not None:
+      dropped = jax.random.bernoulli(drop, self.label_dropout, labels.shape)
+      labels = jnp.where(dropped, self.classes, labels)
+    u = schedules.stratified(time, len(bits))
+    t = 1 + jnp.minimum((u * self.steps).astype(jnp.int32), self.steps - 1)
+    kept = jnp.asarray(self.kept, jnp.float32)
+    z = flip(bits, jax.random.uniform(noise, bits.shape), kept[t])
+    logits = self.logits(z, t, labels, key=inner, train=train)
+    entropy = jnp.mean(_cross_entropy(logits, bits))
+    step_bound = self.steps * self._divergence(z, bits, logits, kept[t - 1], kept[t])
+    per_bit = jnp.mean(step_bound)
+    nll = per_bit * self.bits.depth / self.spec.depth
+    metrics = {'nll': nll, 'bits_per_token': nll / math.log(2), 'cross_entropy': entropy,
+               'accuracy': jnp.mean((logits > 0) == (bits == 1))}
+    value = entropy + self.vlb * per_bit if train else nll
+    return value, {'metrics': metrics, 'weight': jnp.float32(len(bits)), 'statistics': None}
+
+  def elbo(self, batch: dict[str, Array], *, key: Array | None = None,
+           mode: Literal['mc', 'enumerate'] = 'mc', samples: int = 8, steps: int | None = None
+           ) -> Float[Array, 'b']:
+    """A lower bound of log p(tokens | label) per example, in nats, all constants included.
+
+    Args:
+      key: for 'mc'.
+      mode: 'mc' draws a step and its flips, stratified over `samples`; 'enumerate' is exact, for
+        few bits.
+      steps: of a chain that visits a subset of the trained times; None is all.
+
+    Raises:
+      ValueError: no key, or too many bits to enumerate.
+    """
+    bits, labels = self._read(batch)
+    times = self._times(steps)
+    kept = jnp.asarray(self.kept, jnp.float32)
+
+    def term(z, i):  # nats of the i-th step, from times[i] to times[i + 1]
+      t, s = times[i], times[i + 1]
+      logits = self.logits(z, t, labels)
+      return jnp.sum(self._divergence(z, bits, logits, kept[s], kept[t]), (1, 2))
+
+    if mode == 'enumerate':
+      size = math.prod(bits.shape[1:])
+      if size > ENUMERABLE:
+        raise ValueError(f"mode='enumerate' is for {ENUMERABLE} bits at most, got {size}; "
+                         "use 'mc'.")
+      states = (np.arange(2**size)[:, None] >> np.arange(size)) & 1
+      states = jnp.asarray(states.reshape(-1, *bits.shape[1:]))
+
+      def add(total, x):
+        z, i = x
+        i = jnp.full(len(bits), i)
+        same = jnp.sum(z == bits, (1, 2))
+        keep = kept[times[i]]
+        chance = ((1 + keep) / 2) ** same * ((1 - keep) / 2) ** (size - same)
+        return total + chance * term(jnp.broadcast_to(z, bits.shape), i), None
+
+      pairs = jnp.indices((len(states), len(times) - 1)).reshape(2, -1)
+      total, _ = jax.lax.scan(add, jnp.zeros(len(bits)), (states[pairs[0]], pairs[1]))
+      return -total
+    if mode != 'mc' or key is None:
+      raise ValueError(f'mode={mode!r} is not one of mc (with a key), enumerate.')
+
+    def draw(total, j):
+      time, noise = jax.random.split(jax.random.fold_in(key, j))
+      u = (j + jax.random.uniform(time, (len(bits),))) / samples
+      count = len(times) - 1
+      i = jnp.minimum((u * count).astype(jnp.int32), count - 1)
+      z = flip(bits, jax.random.uniform(noise, bits.shape), kept[times[i]])
+      return total + count * term(z, i) / samples, None
+
+    total, _ = jax.lax.scan(draw, jnp.zeros(len(bits)), jnp.arange(samples))
+    return -total
+
+  def _divergence(self, z: Int[Array, 'b n k'], bits: Int[Array, 'b n k'],
+                  logits: Float[Array, 'b n k'], keep_s: Float[Array, 'b'],
+                  keep_t: Float[Array, 'b']) -> Float[Array, 'b n k']:
+    """KL(q(z_s | z_t, z_0) | p_theta(z_s | z_t)) of every bit; at s=0, -log p_theta(z_0 | z_t)."""
+    keep_s, keep_t = keep_s[:, None, None], keep_t[:, None, None]
+    want = posterior(z, bits, keep_s, keep_t)
+    one, zero = _reverse_logs(z, logits, keep_s, keep_t, self.reverse)
+    return (jax.scipy.special.xlogy(want, want) + jax.scipy.special.xlogy(1 - want, 1 - want)
+            - want * one - (1 - want) * zero)
+
+  def _times(self, steps: int | None) -> Int[Array, 's']:
+    """Trained times from T to 0: T, ..., 1, 0, or `steps` + 1 of them, evenly."""
+    steps = self.steps if steps is None else steps
+    if not 1 <= steps <= self.steps:
+      raise ValueError(f'{steps=} must be within 1..{self.steps}, the steps of training.')
+    visited = [i * (self.steps - 1) // max(steps - 1, 1) + 1 for i in range(steps)]
+    return jnp.array([0, *visited[:-1], self.steps][::-1], jnp.int32)
+
+  def _read(self, batch: dict[str, Array]) -> tuple[Int[Array, 'b n k'], Int[Array, 'b'] | None]:
+    bits = self.spec.to('bits', jnp.asarray(batch['tokens'], jnp.int32))
+    if 'keep' in batch:
+      raise ValueError('keep: binary diffusion has no prefixes; give whole token arrays.')
+    return bits, self._labels(batch, len(bits))
+
+  def _labels(self, condition: dict[str, Array] | None, size: int) -> Int[Array, 'b'] | None:
+    """Label per example; negative ones and a missing condition are the null label."""
+    if self.label is None:
+      return None
+    if not condition:
+      return jnp.full(size, self.classes)
+    if 'label' not in condition:
+      raise ValueError(f'classes={self.classes} needs an entry `label`, '
+                       f'got {", ".join(condition) or "none"}.')
+    label = jnp.asarray(condition['label'], jnp.int32)
+    return jnp.where(label < 0, self.classes, label)
+
+  # ---- sampling
+
+  def sample(self, condition: dict[str, Array] | None, *, keys: Array, settings: BinarySettings,
+             known: Int[Array, 'b n d'] | None = None,
+             known_mask: Bool[Array, 'b n d'] | None = None) -> Sample:
+    """Draws tokens, given `label` and any known tokens, which come back unchanged.
+
+    With known tokens the draw is an approximation of the conditional (`exact` is False): bits are
+    turned back beside clamped ones, and what was drawn first is not reconsidered.
+    """
+    size = keys.shape[0]
+    if (known is None) != (known_mask is None):
+      raise ValueError('known and known_mask go together: give both or neither.')
+    if self.label is None and condition and 'label' in condition:
+      raise ValueError('This model was built with classes=0; sample it without a label.')
+    guided = settings.guidance is not None
+    if guided and (self.label is None or not condition):
+      raise ValueError('guidance needs a model with classes and a condition with `label`.')
+    for name, value, choices in (('last', settings.last, ('draw', 'threshold')),
+                                 ('clamp', settings.clamp, ('clean', 'renoise'))):
+      if value not in choices:
+        raise ValueError(f'{name}={value!r} is not one of {", ".join(choices)}.')
+    _check_reverse(settings.reverse)
+    labels, shape = self._labels(condition, size), (self.spec.length, self.bits.depth)
+    times = self._times(settings.steps)
+    kept = jnp.asarray(self.kept, jnp.float32)
+    fixed = clean = None
+    if known is not None:
+      clean = self.spec.to('bits', jnp.asarray(known, jnp.int32))
+      count = self.bits.depth // self.spec.depth
+      fixed = jnp.repeat(jnp.asarray(known_mask, bool), count, -1)
+    plan = {'t': times[:-1], 's': times[1:], 'step': jnp.arange(1, len(times))}
+    if guided:
+      plan['guidance'] = schedules.guidance(
+          settings.guidance_schedule, settings.guidance, len(times) - 1,
+          power=settings.guidance_power, start=settings.guidance_start,
+          stop=settings.guidance_stop)
+
+    def uniform(step):  # two numbers of every bit, from each example's own key
+      return jnp.moveaxis(jax.vmap(lambda key: jax.random.uniform(
+          jax.random.fold_in(key, step), (2, *shape)))(keys), 1, 0)
+
+    def clamped(z, u, s):
+      if fixed is None:
+        return z
+      noisy = clean if settings.clamp == 'clean' else flip(clean, u, kept[s])
+      return jnp.where(fixed, noisy, z)
+
+    def step(z, now):
+      u, other = uniform(now['step'])
+      t = jnp.full(size, now['t'])
+      logits = self._guided(z, t, labels, now['guidance'] if guided else None)
+      cold = jnp.where(logits > 0, -NEVER, NEVER)
+      logits = jnp.where(settings.temperature > 0, logits / jnp.maximum(
+          settings.temperature, jnp.finfo(jnp.float32).tiny), cold)
+      p = jax.nn.sigmoid(logits)
+      chance = reverse(z, p, kept[now['s']], kept[now['t']], settings.reverse)
+      if settings.last == 'threshold':
+        chance = jnp.where(now['s'] == 0, p > 0.5, chance)
+      z = clamped((u < chance).astype(jnp.int32), other, now['s'])
+      return z, z if settings.trace else None
+
+    u, other = uniform(0)
+    z = clamped((u < 0.5).astype(jnp.int32), other, times[0])
+    z, states = jax.lax.scan(step, z, plan)
+    tokens = self.spec.back('bits', z)
+    exact = jnp.full(size, True)
+    if fixed is not None:
+      tokens = jnp.where(known_mask, known, tokens)
+      exact = ~jnp.any(fixed, (1, 2)) | jnp.all(fixed, (1, 2))
+    trace = None if states is None else jax.vmap(lambda z: self.spec.back('bits', z))(states)
+    return Sample(tokens=tokens, nfe=(len(times) - 1) * (2 if guided else 1), exact=exact,
+                  steps=trace)
+
+  def _guided(self, z: Array, t: Array, labels: Array | None, scale: Array | None
+              ) -> Float[Array, 'b n k']:
+    """Logits, guided in one pass over [c0, u0, c1, u1, ...]."""
+    if scale is None:
+      return self.logits(z, t, labels)
+    both = self.logits(jnp.repeat(z, 2, 0), jnp.repeat(t, 2, 0),
+                       jnp.stack([labels, jnp.full_like(labels, self.classes)], 1).reshape(-1))
+    both = both.reshape(len(z), 2, *both.shape[1:])
+    return processing.guide(both[:, 0], both[:, 1], scale)
+
+
+def flip(bits: Int[Array, 'b n k'], u: Float[Array, 'b n k'], keep: Float[Array, '*b']
+         ) -> Int[Array, 'b n k']:
+  """z_t of clean bits: each other with probability (1 - keep) / 2; u is uniform in [0, 1)."""
+  keep = jnp.reshape(keep, (-1, 1, 1))
+  return bits ^ (u < (1 - keep) / 2).astype(jnp.int32)
+
+
+def posterior(z_t: Array, z_0: Array, keep_s: Array, keep_t: Array) -> Float[Array, '...']:
+  """q(z_s = 1 | z_t, z_0) for s < t; keep is k at both. Exactly z_0 at s=0."""
+  ratio = keep_t / keep_s
+  seen = jnp.where(z_t == 1, 1 + ratio, 1 - ratio) / 2  # q(z_t | z_s = 1)
+  there = jnp.where(z_0 == 1, 1 + keep_s, 1 - keep_s) / 2  # q(z_s = 1 | z_0)
+  one, zero = there * seen, (1 - there) * (1 - seen)
+  return one / (one + zero)
+
+
+def reverse(z_t: Array, p: Array, keep_s: Array, keep_t: Array, kind: Reverse
+            ) -> Float[Array, '...']:
+  """p_theta(z_s = 1 | z_t) of a network that says p = p(z_0 = 1 | z_t); p itself at s=0."""
+  if kind == 'mixture':
+    ones, zeros = (posterior(z_t, jnp.full_like(z_t, v), keep_s, keep_t) for v in (1, 0))
+    return p * ones + (1 - p) * zeros
+  ratio = keep_t / keep_s
+  seen = jnp.where(z_t == 1, 1 + ratio, 1 - ratio) / 2
+  there = keep_s * p + (1 - keep_s) / 2
+  one, zero = there * seen, (1 - there) * (1 - seen)
+  return jnp.where(keep_s == 1, p, one / (one + zero))
+
+
+def _reverse_logs(z_t: Array, logits: Array, keep_s: Array, keep_t: Array, kind: Reverse
+                  ) -> tuple[Array, Array]:
+  """log p_theta(z_s = 1 | z_t) and log p_theta(z_s = 0 | z_t), with gradients at any certainty."""
+  sure, unsure = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+  if kind == 'mixture':
+    ones, zeros = (posterior(z_t, jnp.full_like(z_t, v), keep_s, keep_t) for v in (1, 0))
+    return (jnp.logaddexp(sure + _log(ones), unsure + _log(zeros)),
+            jnp.logaddexp(sure + _log(1 - ones), unsure + _log(1 - zeros)))
+  ratio, noise = keep_t / keep_s, _log((1 - keep_s) / 2)
+  seen = jnp.where(z_t == 1, 1 + ratio, 1 - ratio) / 2
+  one = _log(seen) + jnp.logaddexp(_log(keep_s) + sure, noise)
+  zero = _log(1 - seen) + jnp.logaddexp(_log(keep_s) + unsure, noise)
+  total = jnp.logaddexp(one, zero)
+  last = keep_s == 1
+  return jnp.where(last, sure, one - total), jnp.where(last, unsure, zero - total)
+
+
+def _log(p: Array) -> Array:
+  return jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1)), NEVER)
+
+
+def _cross_entropy(logits: Array, bits: Array) -> Array:
+  return jax.nn.softplus(logits) - bits * logits
+
+
+def _check_reverse(kind: str) -> None:
+  if kind not in ('mixture', 'product'):
+    raise ValueError(f'reverse={kind!r} is not one of mixture, product.')
