@@ -127,6 +127,25 @@ def key():
 
 
 @pytest.fixture
+def calls(monkeypatch):
+  """calls(owner, name): a list that grows with every call; within jit, with every program.
+
+  jit's own count of programs falls where its cache is full.
+  """
+  def watch(owner, name):
+    seen, function = [], getattr(owner, name)
+
+    def counted(*args, **options):
+      seen.append(name)
+      return function(*args, **options)
+
+    monkeypatch.setattr(owner, name, counted)
+    return seen
+
+  return watch
+
+
+@pytest.fixture
 def unchecked():
   """No shape checks: for tests of the errors that users see, who do not run with checks."""
   jaxtyping.config.update('jaxtyping_disable', True)
