@@ -45,8 +45,8 @@ ROWS: dict[str, tuple[QuantizerConfig, LossWeights]] = {  # the most important f
     'vq': (VQConfig(codes=1024, dim=DIM), LossWeights()),
     'fsq': (FSQConfig(levels=(8, 5, 5, 5)), LossWeights()),
     'simvq': (SimVQConfig(codes=1024, dim=DIM), LossWeights()),
-    # MaskBit's weights; at this scale the 0.1 of MAGVIT-v2 drowns the pictures
-    'lfq': (LFQConfig(bits=10), LossWeights(entropy=0.02, entropy_boost=3.0)),
+    # MaskBit's weights; at this scale the 1 and 0.1 of MAGVIT-v2 drown the pictures
+    'lfq': (LFQConfig(bits=10), LossWeights(reconstruction=4.0, entropy=0.02, entropy_boost=3.0)),
     'residual': (ResidualConfig(quantizer=VQConfig(codes=32, dim=DIM), levels=2), LossWeights()),
     'bsq': (BSQConfig(bits=10), LossWeights(commitment=0.0, entropy_boost=3.0)),
     'ibq': (IBQConfig(codes=1024, dim=DIM), LossWeights(commitment=1.0, entropy=0.05)),
