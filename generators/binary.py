@@ -228,8 +228,8 @@ class Binary(Generator):
       if size > ENUMERABLE:
         raise ValueError(f"mode='enumerate' is for {ENUMERABLE} bits at most, got {size}; "
                          "use 'mc'.")
-      states = (np.arange(2**size)[:, None] >> np.arange(size)) & 1
-      states = jnp.asarray(states.reshape(-1, *bits.shape[1:]))
+      states = jnp.arange(2**size)[:, None] >> jnp.arange(size) & 1
+      states = states.reshape(-1, *bits.shape[1:])
 
       def add(total, x):
         z, i = x

@@ -1,6 +1,7 @@
 """Every config: each size builds abstractly with its published count; `debug` trains two steps."""
 
 import dataclasses
+import functools
 import importlib
 import pathlib
 
@@ -22,6 +23,15 @@ def config(name, size):
   return importlib.import_module(f'smalti.configs.{name}').get_config(size)
 
 
+@functools.cache
+def abstract(name, size):
+  """Parameters and buffers of a size by path, as shapes."""
+  experiment = config(name, size)
+  model = nnx.eval_shape(
+      lambda: runs.build(experiment.model, experiment.published.spec, nnx.Rngs(0)))
+  return states.Structure.of(model).split(model)
+
+
 @pytest.mark.parametrize('name, size', SIZES)
 def test_every_size_builds_with_its_published_count(name, size):
   experiment = config(name, size)
@@ -29,9 +39,8 @@ def test_every_size_builds_with_its_published_count(name, size):
   assert published.source, 'say where the count is from, or why there is none'
   if isinstance(experiment.model, GeneratorConfig):
     assert published.spec is not None, 'a generator states the tokens of its published tokenizer'
-  released = experiment.model.released()  # counts are published without discriminators
-  model = nnx.eval_shape(lambda: runs.build(released, published.spec, nnx.Rngs(0)))
-  params, buffers = states.Structure.of(model).split(model)
+  # counts are published without discriminators
+  params, buffers = map(states.released, abstract(name, size))
   # a codebook learned by averages counts as it does where gradients learn it
   books = sum(leaf.size for path, leaf in states.paths(buffers).items()
               if path.endswith(('codebook', 'embedding')))
@@ -60,10 +69,7 @@ def test_rows_of_the_quantizer_study_have_one_rate_and_one_net():
 def test_every_sharding_rule_matches_a_parameter_of_some_config():
   unused = set(range(len(meshes.RULES)))
   for name, size in SIZES:
-    experiment = config(name, size)
-    model = nnx.eval_shape(
-        lambda e=experiment: runs.build(e.model, e.published.spec, nnx.Rngs(0)))
-    for tree in states.Structure.of(model).split(model):
+    for tree in abstract(name, size):
       for path in states.paths(tree):
         axes = meshes.rule(path)
         assert axes is not None, f'no rule matches {path}'
@@ -78,11 +84,15 @@ def _first(path):
 
 
 @pytest.fixture(scope='session')
-def tokenizer_run(tmp_path_factory):
-  """A trained `digits_vq:debug`, for the generators' configs to stand on."""
-  workdir = tmp_path_factory.mktemp('tokenizer')
-  train(on_one_device(config('digits_vq', 'debug')), workdir)
-  return workdir
+def tokenizer_runs(tmp_path_factory):
+  """A trained `debug` tokenizer for the generators' configs to stand on, of codes or of bits."""
+  @functools.cache
+  def run(name):
+    workdir = tmp_path_factory.mktemp('tokenizer')
+    train(on_one_device(config(name, 'debug')), workdir)
+    return workdir
+
+  return run
 
 
 def on_one_device(experiment):
@@ -105,7 +115,7 @@ def pictures(tmp_path_factory):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_debug_trains_two_steps(name, tokenizer_run, pictures, tmp_path):
+def test_debug_trains_two_steps(name, tokenizer_runs, pictures, tmp_path):
   from smalti.data.digits import DigitsConfig
   from smalti.data.factors import Shapes3DLikeConfig
   from smalti.data.folder import FolderConfig
@@ -114,7 +124,8 @@ def test_debug_trains_two_steps(name, tokenizer_run, pictures, tmp_path):
     # the data sets of published configs are not here: the same shapes from a folder
     experiment.data = FolderConfig(path=str(pictures), size=experiment.data.size)
   if isinstance(experiment.model, GeneratorConfig):
-    experiment.tokenizer = str(tokenizer_run)
+    experiment.tokenizer = str(tokenizer_runs(
+        'digits_bits' if experiment.published.spec.vocab[0] == 2 else 'digits_vq'))
     if not isinstance(experiment.data, DigitsConfig):
       experiment.data = DigitsConfig()
   scores = train(experiment, tmp_path / 'run')
