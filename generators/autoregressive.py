@@ -46,13 +46,16 @@ class AutoregressiveSettings(Settings):
   """How to draw codes.
 
   Args:
-    temperature, top_k, top_p, min_p: see `generators.logits.process`.
+    temperature, top_k, typical, top_p, min_p: see `generators.logits.process`.
+    repetition: see `generators.logits.penalize`; known codes count too.
     guidance: scale s of u + s (c - u), on a doubled batch; None is one conditional pass.
     prefill: the number of leading positions that `known_mask` holds in every row; they are read
       in one pass.
   """
   temperature: float = 1.0
+  repetition: float | None = None
   top_k: int | None = None
+  typical: float | None = None
   top_p: float | None = None
   min_p: float | None = None
   guidance: float | None = None
@@ -163,7 +166,7 @@ class Autoregressive(Generator):
           layers=layers)
 
     def step(state):
-      i, x, cache, tokens, done, log_prob = state
+      i, x, cache, tokens, done, log_prob, seen = state
       y, cache = self.transformer.extend(
           x, cache, index=i, layers=layers,
           positions=jax.tree.map(lambda r: jax.lax.dynamic_slice_in_dim(r, i, 1), rotations))
@@ -176,8 +179,10 @@ class Autoregressive(Generator):
         later = jnp.any(fixed & (jnp.arange(length) > i), -1)
         logits = ids.restrict(
             logits, ~later[:, None] | (jnp.arange(logits.shape[-1]) != self.flat.eos))
+      if seen is not None:
+        logits = ids.penalize(logits, seen, settings.repetition)
       logits = ids.process(logits, temperature=settings.temperature, top_k=settings.top_k,
-                           top_p=settings.top_p, min_p=settings.min_p)
+                           typical=settings.typical, top_p=settings.top_p, min_p=settings.min_p)
       new = ids.draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
       log_prob -= jnp.where(clamp | done, 0, _nll(logits, new))
       if self.flat.eos is not None:
@@ -186,12 +191,17 @@ class Autoregressive(Generator):
       if self.flat.eos is not None:
         done |= new == self.flat.eos
       tokens = jax.lax.dynamic_update_slice_in_dim(tokens, new[:, None], i, 1)
-      return i + 1, self._embed(double(new)[:, None], i + 1), cache, tokens, done, log_prob
+      if seen is not None:
+        seen |= new[:, None] == jnp.arange(seen.shape[-1])
+      return i + 1, self._embed(double(new)[:, None], i + 1), cache, tokens, done, log_prob, seen
 
+    seen = None
+    if settings.repetition is not None:
+      seen = jnp.any(tokens[:, :prefill, None] == jnp.arange(self.flat.vocab[0]), 1)
     done = jnp.full(batch, False)
     if self.flat.eos is not None:
       done = jnp.any(tokens[:, :prefill] == self.flat.eos, -1)
-    state = (jnp.asarray(prefill), slots[:, -1:], cache, tokens, done, jnp.zeros(batch))
+    state = (jnp.asarray(prefill), slots[:, -1:], cache, tokens, done, jnp.zeros(batch), seen)
     for end in segments(prefill, length):
       state = (*state[:2], self.transformer.grow(state[2], end), *state[3:])
 
@@ -199,7 +209,7 @@ class Autoregressive(Generator):
         return (state[0] < end) & ~jnp.all(state[4])
 
       state = jax.lax.while_loop(unfinished, step, state)
-    last, _, _, tokens, _, log_prob = state
+    last, _, _, tokens, _, log_prob, _ = state
     if self.flat.eos is not None:
       tokens = self.flat.canonical(tokens[..., None])[..., 0]
       tokens = tokens if fixed is None else jnp.where(fixed, known, tokens)

@@ -1,7 +1,7 @@
 """From logits to ids: guidance, truncation in a fixed order, and the one categorical draw.
 
-The order is guidance, support, temperature, top-k, top-p, min-p, draw. Every function acts on the
-last axis in float32, keeps at least one id and never returns only -inf.
+The order is guidance, support, repetition, temperature, top-k, typical, top-p, min-p, draw. Every
+function acts on the last axis in float32, keeps at least one id and never returns only -inf.
 """
 
 import jax
@@ -22,19 +22,34 @@ def restrict(logits: Float[Array, '*b v'], support: Bool[Array, '*#b v']) -> Flo
   return jnp.where(support, logits.astype(jnp.float32), -jnp.inf)
 
 
+def penalize(logits: Float[Array, '*b v'], seen: Bool[Array, '*b v'], penalty: Scalar
+             ) -> Float[Array, '*b v']:
+  """Logits of ids that were there before, divided by `penalty` where positive, else multiplied.
+
+  CTRL's rule (Keskar et al. 2019, arXiv 1909.05858, section 4.1; 1.2 there, 1 is off) as it is
+  used, for logits of either sign. For codes of images leave it off: they repeat.
+  """
+  logits = logits.astype(jnp.float32)
+  return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 def process(logits: Float[Array, '*b v'], *, temperature: Scalar = 1.0, top_k: int | None = None,
-            top_p: Scalar | None = None, min_p: Scalar | None = None) -> Float[Array, '*b v']:
+            typical: Scalar | None = None, top_p: Scalar | None = None,
+            min_p: Scalar | None = None) -> Float[Array, '*b v']:
   """Logits of the distribution that is sampled; None means off.
 
   Args:
     temperature: divides the logits; 0 keeps the first largest alone. Traced: one program for all.
     top_k: keeps the k largest, by rank: of equal ones, the first. Static.
+    typical: keeps the smallest set of the most typical ids with at least this mass.
     top_p: keeps the smallest set of the most probable ids with at least this mass.
     min_p: keeps ids with at least this fraction of the largest probability.
   """
   logits = heat(logits, temperature)
   if top_k is not None:
     logits = keep_k(logits, top_k)
+  if typical is not None:
+    logits = keep_typical(logits, typical)
   if top_p is not None:
     logits = keep_p(logits, top_p)
   if min_p is not None:
@@ -86,6 +101,32 @@ def keep_p(logits: Float[Array, '*b v'], p: Scalar) -> Float[Array, '*b v']:
   low, _ = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(top), top + 1))
   low = jnp.where(jnp.asarray(p) >= 1, 0, low)  # rounding must not make p = 1 drop the tail
   return jnp.where(pattern >= low, logits, -jnp.inf)
+
+
+def keep_typical(logits: Float[Array, '*b v'], mass: Scalar) -> Float[Array, '*b v']:
+  """The ids whose surprise is nearest to the entropy, until their mass is enough.
+
+  Locally typical sampling (Meister et al. 2022, arXiv 2202.00666; 0.2 for stories, 0.95 for
+  summaries there). The likeliest id may go. Ids as typical as the last one kept stay too; found
+  by bisection, as in `keep_p`.
+  """
+  log = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
+  probability = jnp.exp(log)
+  entropy = -jnp.sum(jnp.where(probability > 0, probability * log, 0), -1, keepdims=True)
+  distance = jnp.where(probability > 0, jnp.abs(log + entropy), jnp.inf)
+  pattern = jax.lax.bitcast_convert_type(distance, jnp.int32)
+  last = jnp.max(jnp.where(jnp.isfinite(distance), pattern, -1), -1, keepdims=True)
+  mass = jnp.maximum(mass, jnp.finfo(jnp.float32).tiny)  # 0 keeps the most typical id
+
+  def halve(_, bounds):
+    low, high = bounds
+    middle = low + (high - low) // 2
+    enough = jnp.sum(jnp.where(pattern <= middle, probability, 0), -1, keepdims=True) >= mass
+    return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+  # mass(low) < mass <= mass(high) holds throughout, up to rounding at a mass of 1
+  _, high = jax.lax.fori_loop(0, 31, halve, (jnp.full_like(last, -1), last))
+  return jnp.where(pattern <= high, logits, -jnp.inf)
 
 
 def keep_min(logits: Float[Array, '*b v'], fraction: Scalar) -> Float[Array, '*b v']:

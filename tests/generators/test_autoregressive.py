@@ -154,6 +154,22 @@ def test_sweeps_share_one_program(calls):
   assert len(programs) == 2
 
 
+def test_repetition_is_penalised_by_what_was_drawn_and_what_was_known():
+  model = build(TokenSpec(grid=(6,), vocab=(5,)))
+  known = jnp.array([[[3]] * 6] * 4, jnp.int32)
+  mask = jnp.zeros((4, 6, 1), bool).at[:, 0].set(True)
+  found = sample(model, 4, temperature=0.0, repetition=8.0, prefill=1, known=known,
+                 known_mask=mask).tokens
+  plain = sample(model, 4, temperature=0.0, prefill=1, known=known, known_mask=mask).tokens
+  assert (found != plain).any()
+  scores = np.array(forced(model, found[..., 0], jnp.zeros(4, int)))
+  for row, score in zip(np.asarray(found)[..., 0], scores):
+    for i in range(1, 6):
+      seen = np.isin(np.arange(5), row[:i])
+      want = np.where(seen, np.where(score[i] > 0, score[i] / 8, score[i] * 8), score[i])
+      assert row[i] == want.argmax()
+
+
 def test_truncated_settings_report_their_own_probability():
   model = build()
   greedy = sample(model, 4, top_k=1)

@@ -50,6 +50,32 @@ def test_top_p_separates_probabilities_one_rounding_apart():
   assert kept(ids.keep_p(jnp.array([-3e-7, 0.0, -9e-7]), 0.6)) == [0, 1]
 
 
+@pytest.mark.parametrize('mass, expected', [
+    (0.0, [1]), (0.3, [1, 2]), (0.5, [0, 1, 2]), (0.9, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3, 4])])
+def test_typical_ids_need_not_hold_the_mode(mass, expected):
+  assert kept(ids.process(LOGITS, typical=mass)) == expected
+
+
+def test_typical_equals_the_sorted_definition(key):
+  logits = 3 * jax.random.normal(key, (20, 50))
+  logits = logits.at[:, 7].set(-jnp.inf)
+  p = np.asarray(jax.nn.softmax(logits), np.float64)
+  log = np.log(np.where(p > 0, p, 1))
+  distance = np.where(p > 0, np.abs(-log + (p * log).sum(-1, keepdims=True)), np.inf)
+  order = np.argsort(distance, -1)
+  ranked = np.take_along_axis(p, order, -1)
+  before = np.cumsum(ranked, -1) - ranked
+  for mass in (0.2, 0.6, 0.95):
+    expected = np.take_along_axis(before < mass, np.argsort(order, -1), -1)
+    np.testing.assert_array_equal(np.isfinite(ids.keep_typical(logits, mass)), expected)
+
+
+def test_repeated_ids_are_less_likely_whatever_their_sign():
+  seen = jnp.array([True, True, False, False])
+  np.testing.assert_allclose(
+      ids.penalize(jnp.array([3.0, -3.0, 3.0, -3.0]), seen, 1.5), [2.0, -4.5, 3.0, -3.0])
+
+
 def test_min_p():
   assert kept(ids.process(LOGITS, min_p=0.25)) == [0, 1, 2]
   assert kept(ids.process(LOGITS, min_p=1.0)) == [0]
@@ -66,12 +92,15 @@ def test_top_k_is_by_rank_where_values_are_equal():
     ids.keep_k(LOGITS, 0)
 
 
-def test_the_order_of_processors_is_temperature_k_p_min():
+def test_the_order_of_processors_is_temperature_k_typical_p_min():
   """Temperature first: at 0.1 the mode alone has more than 0.9; k before p: p is of what k left."""
   assert kept(ids.process(LOGITS, temperature=0.1, top_p=0.9)) == [0]
   assert kept(ids.process(LOGITS, top_k=2, top_p=0.7)) == [0]  # 0.5 / 0.7 = 0.71
   assert kept(ids.keep_k(ids.keep_p(LOGITS, 0.7), 2)) == [0, 1]  # what the other order keeps
   assert kept(ids.process(LOGITS, top_p=0.5, min_p=0.25)) == [0]
+  # of the two that k leaves the likelier is typical; of those that are typical it is not there
+  assert kept(ids.process(LOGITS, top_k=2, typical=0.3)) == [0]
+  assert kept(ids.process(LOGITS, typical=0.3, top_p=0.5)) == [1]
 
 
 def test_temperature_divides_and_zero_is_the_first_largest():
@@ -105,8 +134,9 @@ def test_greedy_settings_equal_argmax(key):
 def test_no_processor_leaves_a_row_empty(key):
   logits = 20 * jax.random.normal(key, (16, 30))
   logits = ids.restrict(logits, jnp.arange(30) < jnp.arange(1, 17)[:, None])
-  for t, k, p, m in itertools.product((0.0, 1.0), (1, 5, None), (0.0, 0.5, None), (1.0, None)):
-    out = ids.process(logits, temperature=t, top_k=k, top_p=p, min_p=m)
+  for t, k, y, p, m in itertools.product(
+      (0.0, 1.0), (1, 5, None), (0.0, 0.5, None), (0.0, 0.5, None), (1.0, None)):
+    out = ids.process(logits, temperature=t, top_k=k, typical=y, top_p=p, min_p=m)
     assert not np.isnan(out).any() and np.isfinite(out).any(-1).all()
     assert (np.isfinite(out) <= np.isfinite(logits)).all()
 
