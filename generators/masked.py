@@ -27,7 +27,7 @@ from smalti.tokenizers.spec import TokenSpec
 # and its variance with it. MDLM cuts at the same time and drops the rest; this keeps a bound.
 FLOOR = 1e-3
 ENUMERABLE = 12  # positions whose 2^N masks `elbo` may enumerate
-TOKEN, CHOICE, ORDER = range(3)  # purposes folded into a sample's keys
+TOKEN, CHOICE, ORDER, AGAIN = range(4)  # purposes folded into a sample's keys
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -65,9 +65,12 @@ class MaskedSettings(Settings):
   Args:
     sampler: 'maskgit' reveals the most confident draws first; 'ancestral' reverses the diffusion;
       'first_hitting' reveals one random position per step, as many steps as codes, and is exact;
-      'halton' spreads the revealed cells over a 2D grid (arXiv 2503.17076).
+      'halton' spreads the revealed cells over a 2D grid (arXiv 2503.17076); 'remdm' masks revealed
+      tokens again on the way (arXiv 2503.00307).
     steps: passes over the tokens; not read by 'first_hitting'.
-    grid: of 'ancestral'; 'cosine' is MD4's best for images.
+    grid: of 'ancestral' and 'remdm'; 'cosine' is MD4's best for images.
+    remask, strength: of 'remdm', see `schedules.remasking`: 'cap' with 0.04 up to 512 steps, 'loop'
+      with 0.02 from 1,024 on (the paper's tables).
     temperature: divides the logits; 0 takes the likeliest token.
     choice_temperature: of 'maskgit', Gumbel noise on the confidence, annealed to 0 (its code: 4.5).
     top_k, top_p: truncation of every draw; None is off.
@@ -75,9 +78,11 @@ class MaskedSettings(Settings):
     guidance_schedule: see `schedules.guidance`, with its power, start and stop.
     trace: keep the states on the way, -1 where masked.
   """
-  sampler: Literal['ancestral', 'maskgit', 'first_hitting', 'halton'] = 'maskgit'
+  sampler: Literal['ancestral', 'maskgit', 'first_hitting', 'halton', 'remdm'] = 'maskgit'
   steps: int = 12
   grid: Literal['uniform', 'cosine'] = 'cosine'
+  remask: schedules.Remask = 'cap'
+  strength: float = 0.04
   temperature: float = 1.0
   choice_temperature: float = 4.5
   top_k: int | None = None
@@ -375,7 +380,7 @@ class Masked(Generator):
     plan, order = self._plan(settings, keys, unknown)
 
     def step(state, now):
-      tokens, masked = state
+      tokens, masked, surety = state
       draws = _fold(keys, now['step'])
       scores = self._guided(tokens, masked, labels, now['guidance'] if guided else None)
       scores = processing.restrict(scores, self.allowed(tokens, masked))
@@ -386,9 +391,17 @@ class Masked(Generator):
                                   top_p=settings.top_p)
       fresh = processing.draw(shaped, _fold(draws, TOKEN))
       tokens = jnp.where(masked, fresh, tokens)  # known and revealed tokens are never touched
-      if settings.sampler == 'ancestral':
-        coin = jax.vmap(lambda k: jax.random.uniform(k, (length,)))(_fold(draws, CHOICE))
-        masked = masked & (coin >= now['chance'])
+      if settings.sampler in ('ancestral', 'remdm'):
+        coin, other = (jax.vmap(lambda k: jax.random.uniform(k, (length,)))(
+            _fold(draws, purpose)) for purpose in (CHOICE, AGAIN))
+        left = masked & (coin >= now['chance'])
+        if settings.sampler == 'remdm':
+          again = now['again']
+          if surety is not None:  # of every token, when it was drawn
+            surety = jnp.where(masked, jnp.exp(_log_prob(shaped, tokens)), surety)
+            again = again * jax.nn.softmax(jnp.where(masked | ~unknown, -1e9, -surety), -1)
+          left = left | (unknown & ~masked & (other < again))
+        masked = left
       else:
         if order is None:
           # at temperature 0 every drawn token has probability 1: fall back on the raw one
@@ -400,9 +413,11 @@ class Masked(Generator):
         else:
           rank = order
         masked = masked & (rank < now['left'][:, None])
-      return (tokens, masked), jnp.where(masked, -1, tokens) if settings.trace else None
+      return (tokens, masked, surety), jnp.where(masked, -1, tokens) if settings.trace else None
 
-    (tokens, _), states = jax.lax.scan(step, (given, unknown), plan)
+    sureties = settings.sampler == 'remdm' and settings.remask == 'conf'
+    (tokens, _, _), states = jax.lax.scan(
+        step, (given, unknown, jnp.ones((size, length)) if sureties else None), plan)
     tokens = self.flat.canonical(tokens[..., None])[..., 0]
     tokens = jnp.where(unknown, tokens, given)
     exact = (unknown.sum(-1) <= 1) | (settings.sampler == 'first_hitting')
@@ -427,6 +442,9 @@ class Masked(Generator):
           start=settings.guidance_start, stop=settings.guidance_stop)
     if settings.sampler == 'ancestral':
       plan['chance'] = jnp.asarray(schedules.unmasking(settings.grid, steps))
+    elif settings.sampler == 'remdm':
+      plan['chance'], plan['again'] = schedules.remasking(
+          settings.remask, settings.grid, steps, settings.strength)
     elif settings.sampler == 'maskgit':
       plan['left'] = schedules.remaining('cosine', steps, total)
       plan['anneal'] = 1 - jnp.arange(1, steps + 1) / steps
@@ -441,7 +459,7 @@ class Masked(Generator):
           length - 1 - np.argsort(schedules.halton(self.flat.grid)), unknown.shape)
     else:
       raise ValueError(f'sampler={settings.sampler!r} is not one of ancestral, maskgit, '
-                       'first_hitting, halton.')
+                       'first_hitting, halton, remdm.')
     if order is not None:  # known positions rank last, so that counts are over unknown ones
       order = _rank(jnp.where(unknown, order, length))
     return plan, order

@@ -22,6 +22,7 @@ Noise = Literal['linear', 'cosine', 'polynomial', 'geometric']
 Ratio = Literal['cosine', 'arccos', 'linear']
 Grid = Literal['uniform', 'cosine']
 Guidance = Literal['constant', 'linear', 'power_cosine', 'interval']
+Remask = Literal['cap', 'rescale', 'conf', 'loop']
 Kept = Literal['linear', 'cosine', 'sigmoid']
 
 
@@ -201,6 +202,46 @@ def unmasking(grid: Grid, steps: int) -> np.ndarray:
   chance = np.diff(alpha) / (1 - alpha[:-1])
   chance[-1] = 1.0  # exactly: nothing stays masked
   return chance.astype(np.float32)
+
+
+def remasking(name: Remask, grid: Grid, steps: int, strength: Float[Array, ''] | float, *,
+              on: float = 0.55, off: float = 0.05, level: float = 0.9
+              ) -> tuple[Float[Array, 't'], Float[Array, 't']]:
+  """Chances of each step to reveal a masked token and to mask a revealed one again (ReMDM).
+
+  Wang et al. 2025, arXiv 2503.00307: whatever the chance sigma <= min(1, (1 - alpha_s) / alpha_t)
+  to mask again, a masked token that is revealed with (alpha_s - (1 - sigma) alpha_t) / (1 -
+  alpha_t) keeps the share of visible tokens at alpha, so any masked model serves. 'cap' is the
+  smaller of `strength` and that bound, 'rescale' `strength` times it. 'conf' is the bound itself,
+  which the sampler spreads over the revealed tokens, the least sure most; masked ones are revealed
+  as without it. 'loop' reveals up to `level` between times 1 and `on`, stays there masking with
+  `strength` until `off`, and reveals the rest; it has a uniform grid of its own.
+
+  Args:
+    strength: eta, may be traced; not read by 'conf'.
+  """
+  if name not in ('cap', 'rescale', 'conf', 'loop'):
+    raise ValueError(f'remask={name!r} is not one of cap, rescale, conf, loop.')
+  alpha, within = visible(grid, steps), np.ones(steps, bool)
+  if name == 'loop':
+    if not 0 < off < on < 1 or not 0 < level < 1:
+      raise ValueError(f'{off=} < {on=} and {level=} must be within 0..1.')
+    t = 1 - np.arange(steps + 1) / steps
+    alpha = np.where(t > on, (1 - t) * level / (1 - on),
+                     np.where(t > off, level, 1 - t * (1 - level) / off))
+    within = (t[:-1] <= on) & (t[1:] >= off)
+  now, after = alpha[:-1], alpha[1:]
+  bound = np.minimum(1, np.divide(1 - after, now, out=np.ones(steps), where=now > 0))
+  if name == 'conf':
+    sigma = np.zeros(steps)
+  elif name == 'rescale':
+    sigma = strength * bound
+  else:
+    sigma = jnp.where(within, jnp.minimum(strength, bound), 0.0)
+  reveal = (after - (1 - sigma) * now) / (1 - now)
+  again = bound if name == 'conf' else sigma
+  reveal = jnp.clip(jnp.asarray(reveal, jnp.float32), 0, 1)
+  return reveal.at[-1].set(1.0), jnp.asarray(again, jnp.float32)
 
 
 def kept(name: Kept, steps: int) -> Float[np.ndarray, 't']:

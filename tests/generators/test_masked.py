@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from smalti.generators import masked as masked_module
+from smalti.generators import masked as masked_module, schedules
 from smalti.generators.generator import example_keys, generate
 from smalti.generators.masked import Masked, MaskedConfig, MaskedSettings
 from smalti.generators.tabular import conditionals
@@ -29,7 +29,7 @@ PAIRS = jnp.array(list(itertools.product(range(2), repeat=2)), jnp.int32)[..., N
 INDEPENDENT = np.outer([.5, .5], [.6, .4])
 ENTROPY, INFORMATION = 1.2798542258, .0863046217
 SCHEDULES = ('linear', 'cosine', 'polynomial', 'geometric')
-SAMPLERS = ('ancestral', 'maskgit', 'first_hitting', 'halton')
+SAMPLERS = ('ancestral', 'maskgit', 'first_hitting', 'halton', 'remdm')
 
 
 def config(**options) -> MaskedConfig:
@@ -324,11 +324,67 @@ def test_masks_shrink_to_nothing_and_known_tokens_stay(sampler, steps):
   left = (states == -1).sum((2, 3))
   assert np.all(left[-1] == 0)
   before = np.concatenate([np.array([[12, 11, 7, 2, 1, 0]]), left[:-1]])
-  if sampler != 'ancestral':
+  if sampler not in ('ancestral', 'remdm'):
     assert np.all((left < before) | (before == 0))
-  for now, then in zip(states[:-1], states[1:]):  # revealed tokens are final
-    np.testing.assert_array_equal(then[now >= 0], now[now >= 0])
+  for now, then in zip(states[:-1], states[1:]):
+    if sampler != 'remdm':  # revealed tokens are final
+      np.testing.assert_array_equal(then[now >= 0], now[now >= 0])
   assert sample.nfe == (12 if sampler == 'first_hitting' else steps)
+
+
+def test_masking_again_with_no_strength_is_ancestral():
+  model, keys = wide(), example_keys(5, jnp.arange(64))
+  plain = generate(model, None, keys=keys, settings=settings_of('ancestral'))
+  for remask in ('cap', 'rescale'):
+    again = generate(model, None, keys=keys,
+                     settings=settings_of('remdm', remask=remask, strength=0.))
+    np.testing.assert_array_equal(again.tokens, plain.tokens)
+
+
+@pytest.mark.parametrize('remask', ['cap', 'rescale', 'conf', 'loop'])
+def test_revealed_tokens_are_masked_again_but_never_known_ones(remask):
+  spec = TokenSpec(grid=(40,), vocab=(5,))
+  model = randomised(Masked(config(), spec, rngs=nnx.Rngs(0)), 5.)
+  known = jax.random.randint(jax.random.key(0), (64, 40, 1), 0, 5)
+  known_mask = jnp.broadcast_to(jnp.arange(40)[None, :, None] < 8, known.shape)
+  sample = generate(
+      model, None, keys=example_keys(0, jnp.arange(64)), known=known, known_mask=known_mask,
+      settings=MaskedSettings(sampler='remdm', grid='uniform', remask=remask, strength=.3, steps=20,
+                              trace=True))
+  states = np.asarray(sample.steps)[..., 0]
+  np.testing.assert_array_equal(states[:, :, :8] == known[None, :, :8, 0], True)
+  back = (states[:-1] >= 0) & (states[1:] == -1)
+  assert 1 < back.sum((0, 2)).mean() and (states[-1] >= 0).all()
+  assert not sample.exact.any()
+  alpha = 1 - (states[:, :, 8:] == -1).mean((1, 2))
+  want = np.arange(1, 21) / 20
+  if remask == 'loop':
+    want = np.interp(1 - want, [0, .05, .55, 1], [1, .9, .9, 0])
+  if remask == 'conf':  # its chance is that of one token in all
+    chance = schedules.remasking('conf', 'uniform', 20, 0.)[1]
+    np.testing.assert_allclose(back.sum(2).mean(1), chance[1:], atol=4 / 64 ** .5)
+  else:
+    np.testing.assert_allclose(alpha, want, atol=4 * .5 / (64 * 32) ** .5)
+
+
+def test_the_least_sure_tokens_are_masked_again_most():
+  table = np.outer([.5, .5], [.98, .02])  # the second code is nearly certain
+  sample = generate(
+      Exact(PAIR, table), None, keys=example_keys(0, jnp.arange(4000)),
+      settings=MaskedSettings(sampler='remdm', remask='conf', grid='uniform', steps=6, trace=True))
+  states = np.asarray(sample.steps)[..., 0]
+  both = (states[:-1] >= 0).all(-1, keepdims=True)
+  back = (both & (states[1:] == -1)).sum((0, 1))
+  want = np.exp([-.5, -.98]) / np.exp([-.5, -.98]).sum()  # of nearly all pairs
+  np.testing.assert_allclose(back / back.sum(), want, atol=.03)
+
+
+def test_masking_again_draws_from_the_marginals():
+  counts = frequencies(Exact(PAIR, P), MaskedSettings(
+      sampler='remdm', remask='rescale', strength=.5, grid='uniform', steps=8))
+  ones = np.asarray(counts).reshape(2, 2)
+  assert stats.chisquare(ones.sum(1), np.array([.5, .5]) * ones.sum()).pvalue > 1e-3
+  assert stats.chisquare(ones.sum(0), np.array([.6, .4]) * ones.sum()).pvalue > 1e-3
 
 
 def test_maskgit_counts_are_exact_when_all_confidences_tie():

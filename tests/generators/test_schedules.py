@@ -27,6 +27,23 @@ def test_alpha_falls_from_one_to_zero(name):
   np.testing.assert_allclose(alpha[jnp.array([0, -1])], (1, 0), atol=2e-4)
 
 
+@pytest.mark.parametrize('name', ['cap', 'rescale', 'loop', 'conf'])
+@pytest.mark.parametrize('strength', [0.0, 0.1, 0.7, 1.0])
+def test_masking_again_keeps_the_share_of_masked_tokens(name, strength):
+  steps = 40
+  reveal, again = map(np.asarray, schedules.remasking(name, 'cosine', steps, strength))
+  alpha = schedules.visible('cosine', steps)
+  if name == 'loop':  # up to 0.9 at 0.55, there until 0.05, then to the end
+    t = 1 - np.arange(steps + 1) / steps
+    alpha = np.interp(t, [0, .05, .55, 1], [1, .9, .9, 0])
+    assert (again[:18] == 0).all() and (again[-2:] == 0).all()
+    assert (again[18:38] == np.float32(min(strength, 1 / 9))).all()
+  assert (reveal >= 0).all() and (reveal <= 1).all() and (again >= 0).all() and (again <= 1).all()
+  back = 0 if name == 'conf' else again  # spread over the revealed tokens, one in all at most
+  np.testing.assert_allclose(
+      alpha[:-1] * (1 - back) + (1 - alpha[:-1]) * reveal, alpha[1:], atol=1e-5)
+
+
 def test_golden_weights():
   cosine = schedules.named('cosine')
   np.testing.assert_allclose(
