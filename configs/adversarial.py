@@ -18,7 +18,7 @@ from smalti.launch.experiment import (
     OptimizerConfig,
     Published,
 )
-from smalti.networks.discriminator import BlurDiscriminatorConfig, PatchDiscriminatorConfig
+from smalti.networks.discriminator import PatchDiscriminatorConfig
 from smalti.tokenizers.adversary import AdversaryConfig
 from smalti.tokenizers.autoencoder import AutoencoderConfig
 from smalti.tokenizers.scalar import FSQConfig
@@ -33,7 +33,7 @@ SIZES = {
     'l2': dict(stage='l2', **SMALL, steps=3000),
     'more': dict(stage='more', **SMALL, steps=1000),
     'gan': dict(stage='gan', **SMALL, steps=1000,
-                discriminator=BlurDiscriminatorConfig(width=32, pool=4)),
+                discriminator=PatchDiscriminatorConfig(width=32, layers=2)),
 }
 
 
@@ -45,8 +45,10 @@ def get_config(size: str = 'gan') -> Experiment:
           image_size=(options['image'],) * 2, channels=options['channels'],
           width=options['width'], multipliers=(1,), blocks=0, patch=options['patch'],
           quantizer=options['quantizer'],
+          # not the adaptive weight from the first step: against a discriminator that knows nothing
+          # yet it grew to 25 times, which kept it so, and the distance above that of plain error
           adversary=AdversaryConfig(
-              discriminator=options['discriminator'], weight=0.8, adaptive=True,
+              discriminator=options['discriminator'], weight=0.02, warm=150,
               lecam=0.001) if plays else None),
       data=CifarJpegConfig() if options['channels'] == 3 else DigitsConfig(),
       steps=options['steps'],
@@ -55,7 +57,7 @@ def get_config(size: str = 'gan') -> Experiment:
           OptimizerConfig(rate=1e-3, warmup=100) if first else
           OptimizerConfig(rate=2e-4, schedule='constant', warmup=50, betas=(0.5, 0.9))),
       discriminator=OptimizerConfig(
-          rate=2e-4, schedule='constant', warmup=50, betas=(0.5, 0.9)) if plays else None,
+          rate=4e-4, schedule='constant', warmup=0, betas=(0.5, 0.9)) if plays else None,
       ema=0.99,
       checkpoint=CheckpointConfig(every=500),
       log=LogConfig(every=50),
