@@ -8,6 +8,7 @@ is exact. Infilling clamps known codes, which is exact for prefixes only.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +220,20 @@ class Autoregressive(Generator):
       exact = jnp.all(fixed[:, :-1] | ~fixed[:, 1:], -1)
     return Sample(tokens=self.spec.back('flat', tokens[..., None]), nfe=(1 + guided) * passes,
                   exact=exact, log_prob=log_prob)
+
+  def advance(self, cache: Any, previous: Int[Array, 'b'], label: Int[Array, 'b'],
+              i: Int[Array, '']) -> tuple[Float[Array, 'b v'], Any]:
+    """Logits of code i of the flat view, given the codes before, of which `previous` is the last.
+
+    Args:
+      cache: `transformer.cache(b, flat.length)` at first, then what the call before returned.
+      label: rows of the label table, `classes` where there is none.
+    """
+    first = self._inputs(jnp.zeros((len(label), 0), jnp.int32), label)
+    x = jnp.where(i == 0, first, self._embed(previous[:, None], i))
+    positions = jax.lax.dynamic_slice_in_dim(self._positions(), i, 1)
+    y, cache = self.transformer.extend(x, cache, index=i, positions=positions)
+    return constrain(self.head(y)[:, 0], 'b c'), cache
 
   def _label(self, batch: dict[str, Array], size: int) -> Int[Array, 'b']:
     """The row of the label table of every example; the null row where there is no label."""

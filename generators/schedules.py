@@ -232,6 +232,7 @@ def remasking(name: Remask, grid: Grid, steps: int, strength: Float[Array, ''] |
     within = (t[:-1] <= on) & (t[1:] >= off)
   now, after = alpha[:-1], alpha[1:]
   bound = np.minimum(1, np.divide(1 - after, now, out=np.ones(steps), where=now > 0))
+  sigma: Any
   if name == 'conf':
     sigma = np.zeros(steps)
   elif name == 'rescale':

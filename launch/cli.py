@@ -35,6 +35,8 @@ VERBS = {
     'reconstruct': 'inputs above what the tokenizer makes of them',
     'data': 'what is in a folder of images: counts, refusals, duplicates, split',
     'tokenize': 'a data set to sharded token files',
+    'compress': 'tokens to as few bytes as an autoregressive generator finds them surprising',
+    'decompress': 'those bytes to the same tokens',
     'evaluate': 'score a run, or a file of samples, with all that repeats the score',
     'sweep': 'score a grid of settings and checkpoints, in cells that survive a kill',
     'probe': 'what frozen features of a run know of labels',

@@ -1,0 +1,223 @@
+"""Tokens to few bytes: `smalti compress --workdir=GENERATOR --tokens=FILE --out=FILE.smtc`.
+
+An autoregressive generator says how likely every code is, given those before; a range coder spends
+-log2 of that on it. Tokens are those of an .npz (as `smalti sample` writes it) or of a folder of
+`smalti tokenize`; `smalti decompress` gives them back. One compiled program says the probabilities
+on both sides, code by code: those of a parallel pass differ in their last bits, and one such bit
+loses the rest of the message.
+"""
+
+import functools
+import hashlib
+import json
+import pathlib
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import smalti
+from smalti.data.tokens import TokensSource
+from smalti.generators.autoregressive import Autoregressive
+from smalti.generators.coding import Decoder, Encoder, frequencies
+from smalti.launch import cli, run as runs, state as states
+from smalti.launch.progress import say, track
+
+MAGIC = b'smalti tokens 1\n'
+BATCH = 64  # sequences side by side; part of the program, so that a file names its own
+
+
+def compress(loaded: runs.Loaded, tokens: np.ndarray, labels: np.ndarray | None = None, *,
+             batch: int = BATCH) -> bytes:
+  """A file with tokens int32[n, N, D], and labels int32[n] where there are any.
+
+  Raises:
+    ValueError: a generator that says no probabilities code by code, or tokens that are not its.
+  """
+  model, spec = _model(loaded), loaded.spec
+  tokens = np.asarray(tokens)
+  if tokens.ndim != 3 or tokens.shape[1:] != (spec.length, spec.depth) or (
+      tokens.size and not ((tokens >= 0) & (tokens < np.array(spec.vocab))).all()):
+    raise ValueError(f'tokens of shape {tokens.shape} are not of this generator: it has '
+                     f'{spec.length} x {spec.depth} codes with alphabets {spec.vocab}.')
+  flat = np.asarray(spec.to('flat', tokens.astype(np.int32)))[..., 0]
+  if not np.array_equal(np.asarray(spec.canonical(tokens)), tokens):
+    raise ValueError('tokens go on after their EOS; what follows it must repeat it.')
+  null = model.classes
+  if labels is None:
+    rows = np.full(len(flat), null, np.int32)
+  else:
+    rows = np.asarray(labels, np.int32)
+    if rows.shape != (len(flat),) or not null or (len(rows) and not (
+        (rows >= 0) & (rows < null)).all()):
+      raise ValueError(f'labels of shape {rows.shape} do not fit {len(flat)} sequences of a '
+                       f'generator with classes={null}.')
+  encoder = Encoder()
+
+  def choose(counts, at):
+    symbol = int(at)
+    encoder.encode(counts, symbol)
+    return symbol
+
+  _walk(model, spec, len(flat), batch, labels is not None,
+        lambda counts, n, i: choose(counts, rows[n] if i < 0 else flat[n, i]))
+  header = {
+      'smalti': smalti.__version__, 'generator': mark(loaded), 'tokenizer': loaded.fingerprint,
+      'spec': spec.to_json(), 'sequences': len(flat), 'batch': batch,
+      'labels': labels is not None, 'backend': jax.default_backend(), 'jax': jax.__version__,
+      'check': _check(flat, rows)}
+  text = json.dumps(header, sort_keys=True).encode()
+  data = MAGIC + len(text).to_bytes(4, 'little') + text + encoder.finish()
+  return data + hashlib.sha256(data).digest()
+
+
+def decompress(loaded: runs.Loaded, data: bytes) -> tuple[np.ndarray, np.ndarray | None]:
+  """Tokens int32[n, N, D] and labels int32[n] (None without any) of `compress`'s bytes.
+
+  Raises:
+    ValueError: damaged bytes, another generator, or another program than the one that wrote them.
+  """
+  model, spec, header = _model(loaded), loaded.spec, read_header(data)
+  if header['generator'] != mark(loaded):
+    raise ValueError(f'the file was written with generator {header["generator"]}, and '
+                     f'{loaded.path} is {mark(loaded)}; name the one that wrote it.')
+  start = len(MAGIC) + 4 + int.from_bytes(data[len(MAGIC):len(MAGIC) + 4], 'little')
+  decoder, count = Decoder(data[start:-32]), header['sequences']
+  flat = np.full((count, spec.length * spec.depth), 0 if spec.eos is None else spec.eos, np.int32)
+  rows = np.full(count, model.classes, np.int32)
+
+  def choose(counts, n, i):
+    symbol = decoder.decode(counts)
+    if i < 0:
+      rows[n] = symbol
+    else:
+      flat[n, i] = symbol
+    return symbol
+
+  _walk(model, spec, count, header['batch'], header['labels'], choose)
+  if _check(flat, rows) != header['check']:
+    raise ValueError(
+        f'the probabilities here are not those of the writer (jax {header["jax"]} on '
+        f'{header["backend"]}; here {jax.__version__} on {jax.default_backend()}); decompress '
+        'where it was compressed.')
+  tokens = np.asarray(spec.back('flat', flat[..., None]), np.int32)
+  return tokens, rows if header['labels'] else None
+
+
+def read_header(data: bytes) -> dict[str, Any]:
+  """The header of a whole file.
+
+  Raises:
+    ValueError: not such a file, or not all of it is as it was written.
+  """
+  if not data.startswith(MAGIC[:len(MAGIC) - 2]):
+    raise ValueError('not a file of `smalti compress`.')
+  if not data.startswith(MAGIC):
+    raise ValueError('the file has another format than this version reads; use its own.')
+  if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+    raise ValueError('the file is damaged or not whole; copy it again.')
+  size = int.from_bytes(data[len(MAGIC):len(MAGIC) + 4], 'little')
+  return json.loads(data[len(MAGIC) + 4:len(MAGIC) + 4 + size])
+
+
+def mark(loaded: runs.Loaded) -> str:
+  """16 hex digits over a generator's config, spec and weights."""
+  params, buffers = states.Structure.of(loaded.model).split(loaded.model)
+  return runs.fingerprint(loaded.stored, loaded.spec, params, buffers)
+
+
+def _walk(model: Autoregressive, spec: Any, count: int, batch: int, labelled: bool,
+          choose: Callable[[np.ndarray, int, int], int]) -> None:
+  """Calls choose(counts, sequence, place) for every code in turn; place -1 is the label."""
+  length = spec.length * spec.depth
+  even = frequencies(np.full(max(model.classes, 1), 1 / max(model.classes, 1)))
+  for first in track(range(0, count, batch), -(-count // batch), 'batch'):
+    real = min(batch, count - first)
+    label = np.full(batch, model.classes, np.int32)
+    if labelled:
+      label[:real] = [choose(even, first + n, -1) for n in range(real)]
+    previous, done = np.zeros(batch, np.int32), np.zeros(batch, bool)
+    cache = jax.tree.map(jnp.copy, model.transformer.cache(batch, length))  # each is given away
+    for i in range(length):
+      if done[:real].all():
+        break
+      probability, cache = probabilities(model, cache, previous, label, jnp.int32(i))
+      counts = frequencies(np.asarray(probability)[:real])
+      for n in range(real):
+        if not done[n]:
+          previous[n] = choose(counts[n], first + n, i)
+          done[n] = spec.eos is not None and previous[n] == spec.eos
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def probabilities(model: Autoregressive, cache: Any, previous: jax.Array, label: jax.Array,
+                  i: jax.Array) -> tuple[jax.Array, Any]:
+  logits, cache = model.advance(cache, previous, label, i)
+  return jax.nn.softmax(logits, -1), cache
+
+
+def _model(loaded: runs.Loaded) -> Autoregressive:
+  if not isinstance(loaded.model, Autoregressive):
+    raise ValueError(f'{loaded.path} is a {runs.kind(loaded.model)}, which does not say how likely '
+                     'each code is given those before; compress with an autoregressive generator.')
+  return loaded.model
+
+
+def _check(*arrays: np.ndarray) -> str:
+  return hashlib.sha256(b''.join(x.astype('<i4').tobytes() for x in arrays)).hexdigest()[:16]
+
+
+def read_tokens(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
+  """Tokens and labels of an .npz or a token folder.
+
+  Raises:
+    ValueError: neither is there.
+  """
+  if path.is_dir():
+    source = TokensSource(path)
+    rows = source.read(np.arange(len(source)))
+    return np.asarray(rows['tokens']), rows.get('label')
+  try:
+    with np.load(path) as file:
+      if 'tokens' not in file:
+        raise ValueError(f'{path} has no tokens; it holds {", ".join(file)}.')
+      return file['tokens'], file['arr_1'] if 'arr_1' in file else None
+  except (zipfile.BadZipFile, EOFError) as error:
+    raise ValueError(f'{path} is no .npz: {error}.') from error
+
+
+def define(values: Any) -> None:
+  from absl import flags
+  flags.DEFINE_string('workdir', None, 'The generator: a run, RUN@STEP or an exported file.',
+                      flag_values=values)
+  flags.DEFINE_string('tokens', None, 'An .npz with `tokens`, or a folder of stored tokens.',
+                      flag_values=values)
+  flags.DEFINE_string('out', None, 'The file to write.', flag_values=values)
+  flags.DEFINE_integer('batch_size', BATCH, 'Sequences side by side.', flag_values=values,
+                       lower_bound=1)
+
+
+def main(values: Any) -> int:
+  if None in (values.workdir, values.tokens, values.out):
+    raise ValueError('compress needs --workdir=GENERATOR, --tokens=FILE and --out=FILE.')
+  loaded = runs.load(values.workdir)
+  tokens, labels = read_tokens(pathlib.Path(values.tokens))
+  if not getattr(loaded.model, 'classes', 0):
+    labels = None
+  data = compress(loaded, tokens, labels, batch=values.batch_size)
+  out = pathlib.Path(values.out)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  temporary = out.with_name(out.name + '.tmp')
+  temporary.write_bytes(data)
+  temporary.replace(out)
+  valid = int(np.asarray(loaded.spec.valid(tokens)).sum())
+  say(f'{len(tokens)} sequences in {len(data):,} bytes, {8 * len(data) / max(valid, 1):.3f} bits '
+      f'per token; packed they have {loaded.spec.bits * len(tokens) / 8:,.0f} bytes: {out}')
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run('compress')

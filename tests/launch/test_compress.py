@@ -1,0 +1,134 @@
+"""Compressed tokens: every sequence comes back, at the price of its own log-probability."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from smalti.generators.autoregressive import AutoregressiveConfig, AutoregressiveSettings
+from smalti.generators.generator import example_keys, generate
+from smalti.generators.masked import MaskedConfig
+from smalti.launch import cli, compress as codec, run as runs
+from smalti.networks.transformer import TransformerConfig
+from smalti.tokenizers.spec import TokenSpec
+
+BODY = TransformerConfig(layers=2, width=16, heads=2)
+SPECS = {'deep': TokenSpec(grid=(2, 3), vocab=(12, 12), order='depth'),
+         'ends': TokenSpec(grid=(9,), vocab=(6,), eos=5)}
+
+
+@functools.cache
+def loaded(name, seed=0):
+  config = AutoregressiveConfig(transformer=BODY, classes=3)
+  model = config.build(SPECS[name], rngs=nnx.Rngs(seed))
+  model.head.kernel[...] = 0.5 * jax.random.normal(jax.random.key(7), model.head.kernel.shape)
+  model.token.embedding[...] *= 50
+  return runs.Loaded(model, config, {'seed': seed}, SPECS[name], 'of the tokenizer', None, 0,
+                     pathlib.Path('generator'), 'raw')
+
+
+@functools.cache
+def drawn(name, n):
+  label = jnp.arange(n) % 3
+  tokens = generate(loaded(name).model, {'label': label}, keys=example_keys(1, jnp.arange(n)),
+                    settings=AutoregressiveSettings()).tokens
+  return np.asarray(tokens), np.asarray(label)
+
+
+@pytest.mark.parametrize('name', SPECS)
+@pytest.mark.parametrize('labelled', [True, False])
+def test_drawn_sequences_come_back_at_the_price_of_their_log_probability(name, labelled):
+  model, (tokens, labels) = loaded(name).model, drawn(name, 300)
+  given = labels if labelled else None
+  data = codec.compress(loaded(name), tokens, given)
+  found, found_labels = codec.decompress(loaded(name), data)
+  np.testing.assert_array_equal(found, tokens)
+  assert (found_labels is None) == (given is None)
+  if labelled:
+    np.testing.assert_array_equal(found_labels, labels)
+  batch = {'tokens': jnp.asarray(tokens), **({'label': jnp.asarray(labels)} if labelled else {})}
+  price = -float(np.sum(np.asarray(model.log_prob(batch), np.float64))) / np.log(2)
+  price += labelled * 300 * np.log2(3)
+  nothing = codec.compress(loaded(name), tokens[:0], labels[:0] if labelled else None)
+  size = 8 * (len(data) - len(nothing))
+  assert abs(size - price) < 0.01 * price + 32
+  assert size < 0.9 * loaded(name).spec.bits * 300  # raw packing
+
+
+@pytest.mark.parametrize('name', SPECS)
+def test_whatever_is_in_range_comes_back_and_nothing_too(name):
+  spec, rng = SPECS[name], np.random.default_rng(0)
+  random = spec.canonical(rng.integers(0, spec.vocab[0], (70, spec.length, spec.depth)))
+  for tokens in (random.astype(np.int32), random[:1], random[:0]):
+    data = codec.compress(loaded(name), tokens, batch=32)
+    found, labels = codec.decompress(loaded(name), data)
+    np.testing.assert_array_equal(found, tokens)
+    assert labels is None and found.dtype == np.int32
+
+
+def test_any_flipped_bit_and_any_missing_byte_are_noticed():
+  tokens, labels = drawn('ends', 300)
+  data = codec.compress(loaded('ends'), tokens[:20], labels[:20])
+  for i in range(8 * len(data)):
+    other = bytearray(data)
+    other[i // 8] ^= 1 << (i % 8)
+    with pytest.raises(ValueError, match='damaged|not a file|another format'):
+      codec.read_header(bytes(other))
+  for length in range(len(data)):
+    with pytest.raises(ValueError, match='damaged|not a file|another format'):
+      codec.read_header(data[:length])
+
+
+def test_another_generator_is_refused():
+  tokens, labels = drawn('ends', 300)
+  data = codec.compress(loaded('ends'), tokens[:5])
+  with pytest.raises(ValueError, match='name the one that wrote it'):
+    codec.decompress(loaded('ends', seed=1), data)
+  masked = MaskedConfig(transformer=BODY).build(SPECS['deep'], rngs=nnx.Rngs(0))
+  other = runs.Loaded(masked, None, {}, SPECS['deep'], '', None, 0, pathlib.Path('m'), 'raw')
+  with pytest.raises(ValueError, match='compress with an autoregressive generator'):
+    codec.compress(other, tokens)
+  with pytest.raises(ValueError, match='are not of this generator'):
+    codec.compress(loaded('deep'), tokens)
+  with pytest.raises(ValueError, match='after their EOS'):
+    codec.compress(loaded('ends'), np.array([[[5], *[[1]] * 8]]))
+
+
+def test_probabilities_of_a_parallel_pass_lose_the_message(monkeypatch):
+  """The control: the same model, another program."""
+  tokens, labels = drawn('deep', 300)
+  data = codec.compress(loaded('deep'), tokens, labels)
+  model, read = loaded('deep').model, []
+
+  def parallel(_, cache, previous, label, i):
+    if i == 0:
+      read.clear()
+    read.append(np.array(previous))
+    codes = np.zeros((len(previous), 12), np.int32)
+    codes[:, :len(read) - 1] = np.stack(read[1:], 1) if len(read) > 1 else 0
+    logits = model._logits(jnp.asarray(codes), jnp.asarray(label), None)
+    return jax.nn.softmax(logits[:, int(i)], -1), cache
+
+  monkeypatch.setattr(codec, 'probabilities', parallel)
+  with pytest.raises(ValueError, match='decompress where it was compressed'):
+    codec.decompress(loaded('deep'), data)
+
+
+def test_commands_write_what_sample_writes(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(runs, 'load', lambda reference: loaded('ends'))
+  tokens, labels = drawn('ends', 300)
+  np.savez(tmp_path / 'samples.npz', tokens=tokens, arr_1=labels)
+  paths = [str(tmp_path / name) for name in ('samples.npz', 'file.smtc', 'back.npz')]
+  assert cli.main(['compress', '--workdir=w', f'--tokens={paths[0]}', f'--out={paths[1]}']) == 0
+  assert 'bits per token' in capsys.readouterr().err
+  assert cli.main(['decompress', '--workdir=w', f'--file={paths[1]}', f'--out={paths[2]}']) == 0
+  with np.load(paths[2]) as found:
+    np.testing.assert_array_equal(found['tokens'], tokens)
+    np.testing.assert_array_equal(found['arr_1'], labels)
+  (tmp_path / 'file.smtc').write_bytes((tmp_path / 'file.smtc').read_bytes()[:-1])
+  assert cli.main(['decompress', '--workdir=w', f'--file={paths[1]}', f'--out={paths[2]}']) == 2
+  assert 'damaged or not whole' in capsys.readouterr().err
