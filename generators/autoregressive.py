@@ -4,11 +4,15 @@ The class-conditional form of LlamaGen (arXiv 2406.06525): one prefix token hold
 begins the sequence, where there are none), then the codes; the output at slot i predicts code i.
 Several codes per position are generated one after the other (`spec.view('flat')`). The likelihood
 is exact. Infilling clamps known codes, which is exact for prefixes only.
+
+With `anneal` the order of the codes is part of what is learned (RAR, arXiv 2411.00776): training
+permutes them, and every slot is told which code comes next, without which it could not know. Known
+codes are then put first, so that infilling is exact for any of them.
 """
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +36,16 @@ class AutoregressiveConfig(GeneratorConfig):
     classes: labels 0..classes - 1; 0 is unconditional.
     label_dropout: how often training replaces a label by the null label, per example.
     dropout: of the token embeddings; the transformer has its own.
+    anneal: the steps from and to which the share of examples in random order falls, linearly, from
+      1 to 0 (RAR: 125,000 and 187,500 of 250,000; without an end, (steps, steps), the model keeps
+      all orders, and infills as well as it draws). None is row-major alone. Positions are learned
+      (`axes` 0); with `modulated` the label and the slot enter by adaLN, as published.
   """
   transformer: TransformerConfig
   classes: int = 0
   label_dropout: float = 0.1
   dropout: float = 0.0
+  anneal: tuple[int, int] | None = None
 
   def build(self, spec: TokenSpec, *, rngs: nnx.Rngs) -> 'Autoregressive':
     return Autoregressive(self, spec, rngs=rngs)
@@ -52,6 +61,7 @@ class AutoregressiveSettings(Settings):
     guidance: scale s of u + s (c - u), on a doubled batch; None is one conditional pass.
     prefill: the number of leading positions that `known_mask` holds in every row; they are read
       in one pass.
+    order: of a model of all orders: 'raster', or 'random', one for every example.
   """
   temperature: float = 1.0
   repetition: float | None = None
@@ -61,6 +71,7 @@ class AutoregressiveSettings(Settings):
   min_p: float | None = None
   guidance: float | None = None
   prefill: int = 0
+  order: Literal['raster', 'random'] = 'raster'
 
 
 class Autoregressive(Generator):
@@ -70,9 +81,11 @@ class Autoregressive(Generator):
 
   def __init__(self, config: AutoregressiveConfig, spec: TokenSpec, *, rngs: nnx.Rngs):
     flat, width, dtype = spec.view('flat'), config.transformer.width, config.transformer.dtype
-    if config.transformer.modulated:
+    if config.transformer.modulated and config.anneal is None:
       raise ValueError('modulated=True has no use here: the label is a prefix token.')
-    if config.transformer.axes not in (0, 1, len(flat.grid)):
+    if config.anneal is not None:
+      _check_anneal(config, spec)
+    elif config.transformer.axes not in (0, 1, len(flat.grid)):
       raise ValueError(
           f'axes={config.transformer.axes} must be 1 (the row-major index) or {len(flat.grid)} '
           f'(the coordinates of grid={flat.grid}).')
@@ -82,18 +95,28 @@ class Autoregressive(Generator):
     self.label = Embedding(config.classes + 1, width, dtype=dtype, rngs=rngs)  # last: null, or BOS
     # which code of its position comes next
     self.depth = Embedding(spec.depth, width, dtype=dtype, rngs=rngs) if spec.depth > 1 else None
+    self.anneal = config.anneal
+    # where a code is, where the one to predict is, and how many there are before it
+    self.place, self.next, self.slot = (
+        Embedding(flat.length, width, dtype=dtype, rngs=rngs) if there else None
+        for there in (config.anneal, config.anneal, config.transformer.modulated))
     self.transformer = Transformer(config.transformer, rngs=rngs)
     self.head = Linear(width, flat.vocab[0], std=0, dtype=dtype, result='float32', rngs=rngs)
 
   def loss(self, batch, *, step, key, train=True):
     """Mean nats per valid token; labels are dropped per example in training."""
-    del step
     tokens = self.spec.to('flat', batch['tokens'])[..., 0]
     label, keys = self._label(batch, tokens.shape[0]), jax.random.split(key, 3)
+    order = None
+    if self.anneal is not None:
+      order = self._raster(len(tokens))
+      if train:
+        order = _shuffled(jax.random.fold_in(key, 1), order, self._share(step))
+      tokens = jnp.take_along_axis(tokens, order, 1)
     if train and self.classes:
       dropped = jax.random.bernoulli(keys[0], self.label_dropout, label.shape)
       label = jnp.where(dropped, self.classes, label)
-    logits = self._logits(tokens, label, keys[1:] if train else None)
+    logits = self._logits(tokens, label, keys[1:] if train else None, order)
     valid = self._valid(tokens).astype(jnp.float32)
     count = jnp.sum(valid)
     nll = jnp.sum(valid * _nll(logits, tokens)) / count
@@ -102,10 +125,20 @@ class Autoregressive(Generator):
                'accuracy': jnp.sum(valid * hits) / count}
     return nll, {'metrics': metrics, 'weight': count, 'statistics': None}
 
-  def log_prob(self, batch: dict[str, Array]) -> Float[Array, 'b']:
-    """Exact log p(tokens | label) in nats, to the first EOS."""
+  def log_prob(self, batch: dict[str, Array], order: Int[Array, 'b n'] | None = None
+               ) -> Float[Array, 'b']:
+    """Exact log p(tokens | label) in nats, to the first EOS.
+
+    Args:
+      order: of a model of all orders, permutations of the positions; None is row-major.
+    """
     tokens = self.spec.to('flat', batch['tokens'])[..., 0]
-    logits = self._logits(tokens, self._label(batch, tokens.shape[0]), None)
+    if self.anneal is None and order is not None:
+      raise ValueError('order= is for models of all orders; set anneal.')
+    if self.anneal is not None:
+      order = self._raster(len(tokens)) if order is None else order
+      tokens = jnp.take_along_axis(tokens, order, 1)
+    logits = self._logits(tokens, self._label(batch, tokens.shape[0]), None, order)
     return -jnp.sum(self._valid(tokens) * _nll(logits, tokens), -1)
 
   def hidden(self, tokens: Int[Array, 'b n d'], *, blocks: tuple[int, ...],
@@ -122,14 +155,19 @@ class Autoregressive(Generator):
     if noise:
       raise ValueError(f'{noise=} hides codes, which this model cannot; leave it at 0.')
     codes = self.spec.to('flat', tokens)[..., 0]
-    x = self._inputs(codes[:, :-1], self._label({}, len(codes)))
-    return self.transformer.hidden(x, blocks=blocks, positions=self._positions(), causal=True)
+    label, order = self._label({}, len(codes)), None
+    if self.anneal is not None:
+      order = self._raster(len(codes))
+    x = self._inputs(codes[:, :-1], label, order)
+    return self.transformer.hidden(x, blocks=blocks, positions=self._positions(), causal=True,
+                                   modulation=self._modulation(label, jnp.arange(x.shape[1])))
 
   def sample(self, condition, *, keys, settings, known=None, known_mask=None) -> Sample:
     """Code by code, in row-major order, with cached keys and values.
 
-    Known codes are clamped; between them and a known code further on no EOS is drawn. `log_prob`
-    is that of the drawn codes under the processed distribution.
+    Known codes are clamped; between them and a known code further on no EOS is drawn. A model of
+    all orders reads them first. `log_prob` is that of the drawn codes under the processed
+    distribution.
     """
     batch, length, guided = keys.shape[0], self.flat.length, settings.guidance is not None
     prefill = settings.prefill * self.spec.depth
@@ -151,6 +189,10 @@ class Autoregressive(Generator):
       fixed = self.spec.to('flat', known_mask)[..., 0] | (jnp.arange(length) < prefill)
       known = self.spec.to('flat', known)[..., 0]
       tokens = jnp.where(fixed, known, 0).astype(jnp.int32)
+    order = self._order(settings, keys, fixed)
+    if order is not None and fixed is not None:
+      tokens, fixed, known = (
+          jnp.take_along_axis(x, order, 1) for x in (tokens, fixed, known))
 
     def double(x):  # conditional and unconditional row of an example next to each other
       return jnp.repeat(x, 2, 0) if guided else x
@@ -158,18 +200,19 @@ class Autoregressive(Generator):
     if guided:
       label = jnp.stack([label, jnp.full_like(label, self.classes)], 1).reshape(-1)
     layers = self.transformer.unstack()
-    slots = self._inputs(double(tokens[:, :prefill]), label)
+    orders = None if order is None else double(order)
+    slots = self._inputs(double(tokens[:, :prefill]), label, orders)
     rotations = self.transformer.rotations(self._positions())
     cache = self.transformer.cache(label.shape[0], prefill)
     if prefill:
       _, cache = self.transformer.extend(
           slots[:, :-1], cache, positions=jax.tree.map(lambda r: r[:prefill], rotations),
-          layers=layers)
+          layers=layers, modulation=self._modulation(label, jnp.arange(prefill)))
 
     def step(state):
       i, x, cache, tokens, done, log_prob, seen = state
       y, cache = self.transformer.extend(
-          x, cache, index=i, layers=layers,
+          x, cache, index=i, layers=layers, modulation=self._modulation(label, i[None]),
           positions=jax.tree.map(lambda r: jax.lax.dynamic_slice_in_dim(r, i, 1), rotations))
       logits = constrain(self.head(y)[:, 0], 'b c')  # all columns on every device, to truncate
       if guided:
@@ -194,7 +237,8 @@ class Autoregressive(Generator):
       tokens = jax.lax.dynamic_update_slice_in_dim(tokens, new[:, None], i, 1)
       if seen is not None:
         seen |= new[:, None] == jnp.arange(seen.shape[-1])
-      return i + 1, self._embed(double(new)[:, None], i + 1), cache, tokens, done, log_prob, seen
+      x = self._embed(double(new)[:, None], (i + 1)[None], orders)
+      return i + 1, x, cache, tokens, done, log_prob, seen
 
     seen = None
     if settings.repetition is not None:
@@ -218,6 +262,8 @@ class Autoregressive(Generator):
     exact = jnp.full(batch, True)
     if fixed is not None:
       exact = jnp.all(fixed[:, :-1] | ~fixed[:, 1:], -1)
+    if order is not None:
+      tokens = jnp.take_along_axis(tokens, jnp.argsort(order, -1), 1)
     return Sample(tokens=self.spec.back('flat', tokens[..., None]), nfe=(1 + guided) * passes,
                   exact=exact, log_prob=log_prob)
 
@@ -229,10 +275,12 @@ class Autoregressive(Generator):
       cache: `transformer.cache(b, flat.length)` at first, then what the call before returned.
       label: rows of the label table, `classes` where there is none.
     """
-    first = self._inputs(jnp.zeros((len(label), 0), jnp.int32), label)
-    x = jnp.where(i == 0, first, self._embed(previous[:, None], i))
+    order = None if self.anneal is None else self._raster(len(label))
+    first = self._inputs(jnp.zeros((len(label), 0), jnp.int32), label, order)
+    x = jnp.where(i == 0, first, self._embed(previous[:, None], i[None], order))
     positions = jax.lax.dynamic_slice_in_dim(self._positions(), i, 1)
-    y, cache = self.transformer.extend(x, cache, index=i, positions=positions)
+    y, cache = self.transformer.extend(x, cache, index=i, positions=positions,
+                                       modulation=self._modulation(label, i[None]))
     return constrain(self.head(y)[:, 0], 'b c'), cache
 
   def _label(self, batch: dict[str, Array], size: int) -> Int[Array, 'b']:
@@ -241,25 +289,67 @@ class Autoregressive(Generator):
       return jnp.full(size, self.classes, jnp.int32)
     return batch['label']
 
-  def _logits(self, tokens: Int[Array, 'b n'], label: Int[Array, 'b'], keys: Array | None
-              ) -> Float[Array, 'b n v']:
-    x = self._inputs(tokens[:, :-1], label)
+  def _logits(self, tokens: Int[Array, 'b n'], label: Int[Array, 'b'], keys: Array | None,
+              order: Int[Array, 'b n'] | None = None) -> Float[Array, 'b n v']:
+    x = self._inputs(tokens[:, :-1], label, order)
     if keys is not None:
       x = dropout(x, self.dropout, keys[0])
     y = self.transformer(x, positions=self._positions(), causal=True,
+                         modulation=self._modulation(label, jnp.arange(x.shape[1])),
                          key=None if keys is None else keys[1], train=keys is not None)
     return constrain(self.head(y), 'b n v')
 
-  def _inputs(self, tokens: Int[Array, 'b n'], label: Int[Array, 'b']) -> Float[Array, 'b m c']:
-    """The label and then the codes: n + 1 slots."""
+  def _inputs(self, tokens: Int[Array, 'b n'], label: Int[Array, 'b'],
+              order: Int[Array, 'b l'] | None = None) -> Float[Array, 'b m c']:
+    """The label and then the codes, in their order: n + 1 slots."""
     first = self.label(label)[:, None]
     if self.depth is not None:
       first = first + self.depth(jnp.zeros((), jnp.int32))
-    return jnp.concatenate([first, self._embed(tokens, 1 + jnp.arange(tokens.shape[1]))], 1)
+    if order is not None:
+      first = first + self.next(order[:, :1])
+    return jnp.concatenate(
+        [first, self._embed(tokens, 1 + jnp.arange(tokens.shape[1]), order)], 1)
 
-  def _embed(self, tokens: Int[Array, 'b n'], slot: Int[Array, '*n']) -> Float[Array, 'b n c']:
+  def _embed(self, tokens: Int[Array, 'b n'], slot: Int[Array, 'n'],
+             order: Int[Array, 'b l'] | None = None) -> Float[Array, 'b n c']:
+    """Codes in the numbered slots, of which slot i holds the i-th code, counted from 1."""
     x = self.token(tokens)
-    return x if self.depth is None else x + self.depth(slot % self.spec.depth)
+    if self.depth is not None:
+      x = x + self.depth(slot % self.spec.depth)
+    if order is not None:
+      after = jnp.minimum(slot, self.flat.length - 1)  # after the last there is nothing to predict
+      x = x + self.place(order[:, slot - 1]) + self.next(order[:, after])
+    return x
+
+  def _modulation(self, label: Int[Array, 'b'], slot: Int[Array, 'n']
+                  ) -> Float[Array, 'b n c'] | None:
+    """What adaLN is given in the numbered slots, 0 the first."""
+    return None if self.slot is None else self.label(label)[:, None] + self.slot(slot)
+
+  def _raster(self, size: int) -> Int[Array, 'b l']:
+    return jnp.broadcast_to(jnp.arange(self.flat.length), (size, self.flat.length))
+
+  def _share(self, step: Array | int) -> Float[Array, '']:
+    """Of the training examples that are in random order."""
+    begin, end = self.anneal
+    return 1 - jnp.clip((jnp.asarray(step, jnp.float32) - begin) / max(end - begin, 1), 0, 1)
+
+  def _order(self, settings: AutoregressiveSettings, keys: Array, fixed: Array | None
+             ) -> Int[Array, 'b l'] | None:
+    """Which code comes when: known ones first; None of a model of one order."""
+    if settings.order not in ('raster', 'random'):
+      raise ValueError(f'order={settings.order!r} is not one of raster, random.')
+    if self.anneal is None:
+      if settings.order == 'random':
+        raise ValueError("order='random' needs a model of all orders; train it with anneal.")
+      return None
+    rank = self._raster(len(keys))
+    if settings.order == 'random':
+      rank = jax.vmap(lambda key: jax.random.permutation(
+          jax.random.fold_in(key, self.flat.length), self.flat.length))(keys)
+    if fixed is not None:
+      rank = jnp.where(fixed, jnp.arange(self.flat.length) - self.flat.length, rank)
+    return jnp.argsort(rank, -1)
 
   def _positions(self) -> Int[Array, 'n a']:
     """Coordinates of the slots: the origin for the prefix, then those of the codes but the last."""
@@ -269,6 +359,23 @@ class Autoregressive(Generator):
 
   def _valid(self, tokens: Int[Array, 'b n']) -> Array:
     return self.flat.valid(tokens[..., None])[..., 0]
+
+
+def _check_anneal(config: AutoregressiveConfig, spec: TokenSpec) -> None:
+  if not 0 <= config.anneal[0] <= config.anneal[1]:
+    raise ValueError(f'anneal={config.anneal} must be two steps, the second no earlier.')
+  if config.transformer.axes:
+    raise ValueError(f'axes={config.transformer.axes}: with anneal positions are learned; set 0.')
+  if spec.depth > 1 or spec.eos is not None:
+    raise ValueError(f'vocab={spec.vocab}, eos={spec.eos}: codes of one alphabet without an end '
+                     'can be permuted, others not; leave anneal at none.')
+
+
+def _shuffled(key: Array, order: Int[Array, 'b l'], share: Array) -> Int[Array, 'b l']:
+  """A permutation of its own for `share` of the rows, the others as they are."""
+  pick, draw = jax.random.split(key)
+  random = jnp.argsort(jax.random.uniform(draw, order.shape), -1)
+  return jnp.where(jax.random.bernoulli(pick, share, (len(order), 1)), random, order)
 
 
 def segments(start: int, length: int) -> list[int]:

@@ -140,7 +140,7 @@ class Block(nnx.Module):
     else:
       shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
           part.astype(x.dtype) for part in jnp.split(
-              self._spread(self.modulation(jax.nn.silu(modulation))[:, None]), 6, -1))
+              self._spread(_over_slots(self.modulation(jax.nn.silu(modulation)))), 6, -1))
     y = modulate(self.attention_norm(x), shift_a, scale_a)
     y, cache = self.attention(y, **attention)
     x = constrain(x + gate_a * dropout(y, self.dropout, keys[0]), 'b n c')
@@ -153,7 +153,7 @@ class Block(nnx.Module):
     y = self.down(y)
     return constrain(x + gate_m * dropout(y, self.dropout, keys[1]), 'b n c'), cache
 
-  def _spread(self, y: Float[Array, 'b 1 m']) -> Float[Array, 'b n c6']:
+  def _spread(self, y: Float[Array, 'b _n m']) -> Float[Array, 'b n c6']:
     """Every stretch's own modulation at all its positions; one modulation broadcasts as it is."""
     if not self.streams:
       return y
@@ -186,7 +186,7 @@ class Transformer(nnx.Module):
   def __call__(self, x: Float[Array, 'b n c'], *,
                positions: Int[Array, '... n a'] | Rotations | None = None, causal: bool = False,
                mask: Bool[Array, 'b n'] | Bool[Array, '#b 1 n n'] | None = None,
-               modulation: Float[Array, 'b c'] | None = None, key: Array | None = None,
+               modulation: Float[Array, 'b *slots c'] | None = None, key: Array | None = None,
                train: bool = False) -> Float[Array, 'b n c']:
     """All positions at once.
 
@@ -196,7 +196,8 @@ class Transformer(nnx.Module):
       causal: position i attends to 0..i only.
       mask: which positions may be attended to; each may always attend to itself. Four axes state
         which keys (last) every query sees, as it is.
-      modulation: the condition vector of adaLN, needed if and only if the config is modulated.
+      modulation: the condition vector of adaLN, of an example or of each of its positions, needed
+        if and only if the config is modulated.
       key: for dropout, needed to train with it.
     """
     self._check_modulation(modulation)
@@ -221,7 +222,7 @@ class Transformer(nnx.Module):
 
   def hidden(self, x: Float[Array, 'b n c'], *, blocks: tuple[int, ...],
              positions: Int[Array, '... n a'] | Rotations | None = None, causal: bool = False,
-             modulation: Float[Array, 'b c'] | None = None) -> list[Float[Array, 'b n c']]:
+             modulation: Float[Array, 'b *slots c'] | None = None) -> list[Float[Array, 'b n c']]:
     """The residual stream after the numbered blocks, 1 the first; no later ones are computed.
 
     Raises:
@@ -257,7 +258,7 @@ class Transformer(nnx.Module):
   def extend(self, x: Float[Array, 'b m c'], cache: Cache, *,
              positions: Int[Array, '... m a'] | Rotations | None = None,
              index: Int[Array, '...'] | int = 0, mask: Bool[Array, 'b t'] | None = None,
-             modulation: Float[Array, 'b c'] | None = None, layers: list[Block] | None = None
+             modulation: Float[Array, 'b *slots c'] | None = None, layers: list[Block] | None = None
              ) -> tuple[Float[Array, 'b m c'], Cache]:
     """Causal decoding: writes m entries at `index` and attends to all entries up to its own.
 
@@ -291,7 +292,7 @@ class Transformer(nnx.Module):
     x = self.norm(x)
     if self.modulation is None:
       return x
-    shift, scale = jnp.split(self.modulation(jax.nn.silu(modulation))[:, None], 2, -1)
+    shift, scale = jnp.split(_over_slots(self.modulation(jax.nn.silu(modulation))), 2, -1)
     return modulate(x, shift.astype(x.dtype), scale.astype(x.dtype))
 
   def _check_modulation(self, modulation: Array | None) -> None:
@@ -299,6 +300,10 @@ class Transformer(nnx.Module):
       raise ValueError(
           f'modulated={self.modulated} does not go with modulation='
           f'{"None" if modulation is None else "an array"}.')
+
+
+def _over_slots(y: Float[Array, '...']) -> Float[Array, 'b _n m']:
+  return y[:, None] if y.ndim == 2 else y
 
 
 def norm(config: TransformerConfig, width: int, gain: bool = True) -> RMSNorm | LayerNorm:
