@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from smalti.generators import logits as ids
+from smalti.generators import logits as ids, schedules
 from smalti.generators.generator import Generator, GeneratorConfig, Sample, Settings, settings
 from smalti.networks.layers import Embedding, Linear, constrain, dropout
 from smalti.networks.transformer import Transformer, TransformerConfig
@@ -59,6 +59,7 @@ class AutoregressiveSettings(Settings):
     temperature, top_k, typical, top_p, min_p: see `generators.logits.process`.
     repetition: see `generators.logits.penalize`; known codes count too.
     guidance: scale s of u + s (c - u), on a doubled batch; None is one conditional pass.
+    guidance_schedule: s over the codes, see `schedules.guidance`, with its power, start and stop.
     prefill: the number of leading positions that `known_mask` holds in every row; they are read
       in one pass.
     order: of a model of all orders: 'raster', or 'random', one for every example.
@@ -70,6 +71,10 @@ class AutoregressiveSettings(Settings):
   top_p: float | None = None
   min_p: float | None = None
   guidance: float | None = None
+  guidance_schedule: schedules.Guidance = 'constant'
+  guidance_power: float = 1.0
+  guidance_start: float = 0.0
+  guidance_stop: float = 1.0
   prefill: int = 0
   order: Literal['raster', 'random'] = 'raster'
 
@@ -181,7 +186,11 @@ class Autoregressive(Generator):
       raise ValueError(
           f'condition holds {sorted(unread)}, and this generator with classes={self.classes} reads '
           f'{"label" if self.classes else "nothing"}.')
-    label = self._label(condition, batch)
+    label, scales = self._label(condition, batch), None
+    if guided:
+      scales = schedules.guidance(
+          settings.guidance_schedule, settings.guidance, length, power=settings.guidance_power,
+          start=settings.guidance_start, stop=settings.guidance_stop)
     if known is None:
       fixed = None
       tokens = jnp.zeros((batch, length), jnp.int32)
@@ -216,7 +225,7 @@ class Autoregressive(Generator):
           positions=jax.tree.map(lambda r: jax.lax.dynamic_slice_in_dim(r, i, 1), rotations))
       logits = constrain(self.head(y)[:, 0], 'b c')  # all columns on every device, to truncate
       if guided:
-        logits = ids.guide(*jnp.moveaxis(logits.reshape(batch, 2, -1), 1, 0), settings.guidance)
+        logits = ids.guide(*jnp.moveaxis(logits.reshape(batch, 2, -1), 1, 0), scales[i])
       old = jax.lax.dynamic_index_in_dim(tokens, i, 1, keepdims=False)
       clamp = jnp.full(batch, False) if fixed is None else fixed[:, i]
       if self.flat.eos is not None and fixed is not None:

@@ -154,6 +154,19 @@ def test_sweeps_share_one_program(calls):
   assert len(programs) == 2
 
 
+def test_guidance_may_change_from_code_to_code():
+  model = build(classes=3)
+  draw = lambda **options: np.asarray(sample(  # noqa: E731
+      model, 16, label=jnp.arange(16) % 3, **options).tokens).reshape(16, -1)
+  late = draw(guidance=4.0, guidance_schedule='interval', guidance_start=0.5)
+  plain, always = draw(guidance=1.0), draw(guidance=4.0)
+  half = late.shape[1] // 2
+  np.testing.assert_array_equal(late[:, :half], plain[:, :half])
+  assert (late != plain).any() and (late != always).any()
+  np.testing.assert_array_equal(  # the power 0 is constant
+      draw(guidance=4.0, guidance_schedule='power_cosine', guidance_power=0.0), always)
+
+
 def test_repetition_is_penalised_by_what_was_drawn_and_what_was_known():
   model = build(TokenSpec(grid=(6,), vocab=(5,)))
   known = jnp.array([[[3]] * 6] * 4, jnp.int32)
