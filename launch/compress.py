@@ -21,6 +21,7 @@ import numpy as np
 
 import smalti
 from smalti.data.tokens import TokensSource
+from smalti.evaluation.files import whole
 from smalti.generators.autoregressive import Autoregressive
 from smalti.generators.coding import Decoder, Encoder, frequencies
 from smalti.launch import cli, run as runs, state as states
@@ -209,10 +210,8 @@ def main(values: Any) -> int:
     labels = None
   data = compress(loaded, tokens, labels, batch=values.batch_size)
   out = pathlib.Path(values.out)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  temporary = out.with_name(out.name + '.tmp')
-  temporary.write_bytes(data)
-  temporary.replace(out)
+  with whole(out) as file:
+    file.write(data)
   valid = int(np.asarray(loaded.spec.valid(tokens)).sum())
   say(f'{len(tokens)} sequences in {len(data):,} bytes, {8 * len(data) / max(valid, 1):.3f} bits '
       f'per token; packed they have {loaded.spec.bits * len(tokens) / 8:,.0f} bytes: {out}')

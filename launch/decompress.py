@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from smalti.evaluation.files import whole
 from smalti.launch import cli, compress, run as runs
 from smalti.launch.progress import say
 
@@ -27,12 +28,9 @@ def main(values: Any) -> int:
   compress.read_header(data)  # before anything is loaded for it
   tokens, labels = compress.decompress(runs.load(values.workdir), data)
   out = pathlib.Path(values.out)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  temporary = out.with_name(out.name + '.tmp')
   arrays: Any = {'tokens': tokens, **({} if labels is None else {'arr_1': labels})}
-  with temporary.open('wb') as file:
+  with whole(out) as file:
     np.savez(file, **arrays)
-  temporary.replace(out)
   say(f'{len(tokens)} sequences: {out}')
   return 0
 

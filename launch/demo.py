@@ -70,7 +70,7 @@ def _sample_and_score(run: pathlib.Path, tokenizer: runs.Loaded, label: str,
   settings = resolve_settings(loaded, overrides)
   samples = draw(loaded, tokenizer, n=100, seed=0, settings=settings, batch_size=100)
   write(run / 'samples', f'step{loaded.step}{"_" + label if label else ""}', samples,
-        record(loaded, settings, n=100, seed=0, nfe=samples.nfe), columns=10)
+        {**record(loaded, settings, n=100, seed=0), 'nfe': samples.nfe}, columns=10)
   rows = scoring.evaluate(str(run), n=SAMPLES, name=label or None, settings=overrides,
                           kept=real)
   jax.clear_caches()

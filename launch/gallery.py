@@ -1,6 +1,7 @@
-"""Images in files, ours or not: an ADM-style .npz (`arr_0`, labels `arr_1`) or a folder of PNGs.
+"""Images in files, ours or not: an .npz as ADM writes it (`arr_0`, labels `arr_1`), or a folder of
+PNGs or of a sampling job.
 
-Both are read as a stream, so that 50,000 images of 256 pixels need the memory of one batch.
+All are read as a stream, so that 50,000 images of 256 pixels need the memory of one batch.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from PIL import Image
 from smalti.data import images as decoding
 from smalti.evaluation.archive import Archive
 from smalti.evaluation.files import whole
+from smalti.launch import shards
 from smalti.launch.history import natural
 
 REMEDY = 'give an .npz with uint8 images in arr_0, or a folder of PNGs of one size'
@@ -35,7 +37,7 @@ class Gallery:
     shape: (height, width, channels).
     labels: int32[n] of an .npz with `arr_1`; None without.
     source: name and SHA-256 of the content, for manifests.
-    files: the PNGs of a folder in natural order; () for an .npz.
+    files: the PNGs of a folder in natural order, or the parts of a job; () for an .npz.
   """
   path: pathlib.Path
   n: int
@@ -54,6 +56,9 @@ class Gallery:
       with _archive(self.path) as archive:
         yield from archive.rows('arr_0', size)
       return
+    if self.files[0].suffix == '.npz':
+      yield from _regrouped(self.files, size)
+      return
     for first in range(0, self.n, size):
       rows = [_picture(path) for path in self.files[first:first + size]]
       for path, row in zip(self.files[first:], rows):
@@ -70,7 +75,7 @@ def open_gallery(path: pathlib.Path) -> Gallery:
     ValueError: other content, or pictures of a lossy format, which changes every distance.
   """
   if path.is_dir():
-    return _folder(path)
+    return _job(path) if (path / shards.JOB).exists() else _folder(path)
   with _archive(path) as archive:
     with archive.refusing():
       header = archive.header('arr_0')
@@ -127,6 +132,32 @@ def close(folder: pathlib.Path) -> None:
     with whole(folder / 'samples.npz') as file, zipfile.ZipFile(file, 'w') as archive:
       archive.write(path, 'arr_0.npy')
     path.unlink()
+
+
+def _job(path: pathlib.Path) -> Gallery:
+  files = shards.files(path)
+  parts = [open_gallery(file) for file in files]
+  labels = [p.labels for p in parts]
+  text = ''.join(p.source for p in parts).encode()
+  return Gallery(path, sum(p.n for p in parts), parts[0].shape,
+                 None if labels[0] is None else np.concatenate(labels),
+                 f'{path.name} {hashlib.sha256(text).hexdigest()[:16]}', files)
+
+
+def _regrouped(files: tuple[pathlib.Path, ...], size: int) -> Iterator[np.ndarray]:
+  """Batches of one size over files of any."""
+  left: list[np.ndarray] = []
+  for file in files:
+    with _archive(file) as archive:
+      for rows in archive.rows('arr_0', size):
+        rows, left = np.concatenate([*left, rows]), []
+        if len(rows) >= size:
+          yield rows[:size]
+          rows = rows[size:]
+        if len(rows):
+          left = [rows]
+  if left:
+    yield left[0]
 
 
 def _archive(path: pathlib.Path) -> Archive:

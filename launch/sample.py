@@ -1,7 +1,8 @@
 """Draws samples: `smalti sample --workdir=GENERATOR --n=64 [--settings.guidance=2]`.
 
 Writes `samples/NAME.png` (a grid), `NAME.npz` (`arr_0` uint8 images, `arr_1` labels, `tokens`) and
-`NAME.json` (all that is needed to draw them again).
+`NAME.json` (all that is needed to draw them again). With --out=DIR it is a job in parts, for many
+thousands: see `launch/shards.py`.
 """
 
 import dataclasses
@@ -141,12 +142,12 @@ def resolve_settings(generator: runs.Loaded | runs.Outline, overrides: dict[str,
   return cli.apply_settings(settings or generator.model.settings(), overrides)
 
 
-def record(generator: runs.Loaded, settings: Any, *, n: int, seed: int, nfe: int) -> dict:
+def record(generator: runs.Loaded, settings: Any, *, n: int, seed: int) -> dict:
   """All that is needed to draw the same samples again."""
   return {
       'format': runs.FORMAT, 'version': smalti.__version__, 'generator': str(generator.path),
       'step': generator.step, 'weights': generator.weights, 'fingerprint': generator.fingerprint,
-      'settings': to_json(settings), 'n': n, 'seed': seed, 'nfe': nfe}
+      'settings': to_json(settings), 'n': n, 'seed': seed}
 
 
 def write(folder: pathlib.Path, name: str, samples: Samples, item: dict, *, columns: int) -> None:
@@ -172,6 +173,12 @@ def define(values: Any) -> None:
                     flag_values=values)
   flags.DEFINE_string('name', None, 'Name of the files; default from seed and settings.',
                       flag_values=values)
+  flags.DEFINE_string('out', None, 'The folder of a job in parts, which goes on where it stopped.',
+                      flag_values=values)
+  flags.DEFINE_integer('part', 1024, 'Examples per part of a job.', flag_values=values,
+                       lower_bound=1)
+  flags.DEFINE_integer('worker', 0, 'Which part of the job is done here.', flag_values=values)
+  flags.DEFINE_integer('num_workers', 1, 'Into how many parts it is split.', flag_values=values)
   cli.define_settings(values)
 
 
@@ -187,9 +194,18 @@ def main(values: Any) -> int:
   tokenizer = runs.load_tokenizer(generator, values.tokenizer)
   settings = resolve_settings(generator, values.settings)
   labels = _labels(values.labels, values.n, getattr(generator.config, 'classes', 0))
+  if not 0 <= values.worker < values.num_workers:
+    raise ValueError(f'worker={values.worker} must be in 0..{values.num_workers - 1}.')
+  if values.out is not None:
+    from smalti.launch import shards
+    shards.run(generator, tokenizer, pathlib.Path(values.out),
+               record(generator, settings, n=values.n, seed=values.seed), settings=settings,
+               labels=labels, batch_size=values.batch_size, size=values.part,
+               worker=values.worker, workers=values.num_workers)
+    return 0
   samples = draw(generator, tokenizer, n=values.n, seed=values.seed, settings=settings,
                  labels=labels, batch_size=values.batch_size)
-  item = record(generator, settings, n=values.n, seed=values.seed, nfe=samples.nfe)
+  item = {**record(generator, settings, n=values.n, seed=values.seed), 'nfe': samples.nfe}
   digest = hashlib.sha256(json.dumps(item['settings'], sort_keys=True).encode()).hexdigest()[:8]
   name = values.name or f'step{generator.step}_seed{values.seed}_{digest}'
   folder = runs.split_reference(values.workdir)[0] / 'samples'
