@@ -22,7 +22,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from smalti.generators import logits as processing, schedules
-from smalti.generators.generator import Generator, GeneratorConfig, Sample, Settings, settings
+from smalti.generators.generator import (
+    Generator,
+    GeneratorConfig,
+    Sample,
+    Settings,
+    check_request,
+    read_labels,
+    settings,
+)
 from smalti.networks.layers import Embedding, Linear, TimeEmbedding
 from smalti.networks.transformer import Transformer, TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
@@ -278,19 +286,7 @@ class Binary(Generator):
     bits = self.spec.to('bits', jnp.asarray(batch['tokens'], jnp.int32))
     if 'keep' in batch:
       raise ValueError('keep: binary diffusion has no prefixes; give whole token arrays.')
-    return bits, self._labels(batch, len(bits))
-
-  def _labels(self, condition: dict[str, Array] | None, size: int) -> Int[Array, 'b'] | None:
-    """Label per example; negative ones and a missing condition are the null label."""
-    if self.label is None:
-      return None
-    if not condition:
-      return jnp.full(size, self.classes)
-    if 'label' not in condition:
-      raise ValueError(f'classes={self.classes} needs an entry `label`, '
-                       f'got {", ".join(condition) or "none"}.')
-    label = jnp.asarray(condition['label'], jnp.int32)
-    return jnp.where(label < 0, self.classes, label)
+    return bits, read_labels(self.classes, batch, len(bits))
 
   # ---- sampling
 
@@ -303,19 +299,14 @@ class Binary(Generator):
     turned back beside clamped ones, and what was drawn first is not reconsidered.
     """
     size = keys.shape[0]
-    if (known is None) != (known_mask is None):
-      raise ValueError('known and known_mask go together: give both or neither.')
-    if self.label is None and condition and 'label' in condition:
-      raise ValueError('This model was built with classes=0; sample it without a label.')
+    check_request(self.classes, condition, known, known_mask, settings.guidance)
     guided = settings.guidance is not None
-    if guided and (self.label is None or not condition):
-      raise ValueError('guidance needs a model with classes and a condition with `label`.')
     for name, value, choices in (('last', settings.last, ('draw', 'threshold')),
                                  ('clamp', settings.clamp, ('clean', 'renoise'))):
       if value not in choices:
         raise ValueError(f'{name}={value!r} is not one of {", ".join(choices)}.')
     _check_reverse(settings.reverse)
-    labels, shape = self._labels(condition, size), (self.spec.length, self.bits.depth)
+    labels, shape = read_labels(self.classes, condition, size), (self.spec.length, self.bits.depth)
     times = self._times(settings.steps)
     kept = jnp.asarray(self.kept, jnp.float32)
     fixed = clean = None

@@ -5,6 +5,7 @@ import typing
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -84,6 +85,41 @@ def generate(model: Generator, condition: dict[str, Array] | None, *, keys: Arra
   """Jitted `model.sample`; labels, seeds and float settings share one program."""
   return model.sample(
       condition, keys=keys, settings=settings, known=known, known_mask=known_mask)
+
+
+def read_labels(classes: int, condition: dict[str, Array] | None, size: int
+                ) -> Int[Array, 'b'] | None:
+  """Rows of a label table whose last, `classes`, is the null label; None where classes is 0.
+
+  Negative labels and a missing condition are the null label.
+
+  Raises:
+    ValueError: a condition without `label`.
+  """
+  if not classes:
+    return None
+  if not condition:
+    return jnp.full(size, classes)
+  if 'label' not in condition:
+    raise ValueError(
+        f'classes={classes} needs an entry `label`, got {", ".join(condition) or "none"}.')
+  label = jnp.asarray(condition['label'], jnp.int32)
+  return jnp.where(label < 0, classes, label)
+
+
+def check_request(classes: int, condition: dict[str, Array] | None, known: Array | None,
+                  known_mask: Array | None, guidance: Any) -> None:
+  """What `sample` cannot do.
+
+  Raises:
+    ValueError: known tokens without their mask, or a label or guidance without classes.
+  """
+  if (known is None) != (known_mask is None):
+    raise ValueError('known and known_mask go together: give both or neither.')
+  if not classes and condition and 'label' in condition:
+    raise ValueError('This model was built with classes=0; sample it without a label.')
+  if guidance is not None and (not classes or not condition):
+    raise ValueError('guidance needs a model with classes and a condition with `label`.')
 
 
 def example_keys(seed: int | Array, index: Int[Array, 'b']) -> Array:

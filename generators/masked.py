@@ -18,7 +18,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from smalti.generators import logits as processing, schedules
-from smalti.generators.generator import Generator, GeneratorConfig, Sample, Settings, settings
+from smalti.generators.generator import (
+    Generator,
+    GeneratorConfig,
+    Sample,
+    Settings,
+    check_request,
+    read_labels,
+    settings,
+)
 from smalti.networks.layers import Embedding, Linear, constrain
 from smalti.networks.transformer import Transformer, TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
@@ -285,19 +293,7 @@ class Masked(Generator):
     if 'keep' in batch:
       real = jnp.broadcast_to(self.spec.mask(batch['keep']), tokens.shape)
     flat = tokens.reshape(len(tokens), self.flat.length)
-    return flat, real.reshape(flat.shape), self._labels(batch, len(tokens))
-
-  def _labels(self, condition: dict[str, Array] | None, size: int) -> Int[Array, 'b'] | None:
-    """Label per example; negative ones and a missing condition are the null label."""
-    if self.label is None:
-      return None
-    if not condition:
-      return jnp.full(size, self.classes)
-    if 'label' not in condition:
-      raise ValueError(f'classes={self.classes} needs an entry `label`, '
-                       f'got {", ".join(condition) or "none"}.')
-    label = jnp.asarray(condition['label'], jnp.int32)
-    return jnp.where(label < 0, self.classes, label)
+    return flat, real.reshape(flat.shape), read_labels(self.classes, batch, len(tokens))
 
   def _time_mask(self, key: Array, u: Float[Array, 'b'], real: Bool[Array, 'b n'],
                  steps: int | None = None) -> tuple[Bool[Array, 'b n'], Float[Array, 'b']]:
@@ -364,14 +360,9 @@ class Masked(Generator):
     where one token or none is unknown, unless a known EOS forbids an earlier one.
     """
     size, length = keys.shape[0], self.flat.length
-    if (known is None) != (known_mask is None):
-      raise ValueError('known and known_mask go together: give both or neither.')
-    if self.label is None and condition and 'label' in condition:
-      raise ValueError('This model was built with classes=0; sample it without a label.')
+    check_request(self.classes, condition, known, known_mask, settings.guidance)
     guided = settings.guidance is not None
-    if guided and (self.label is None or not condition):
-      raise ValueError('guidance needs a model with classes and a condition with `label`.')
-    labels = self._labels(condition, size)
+    labels = read_labels(self.classes, condition, size)
     given = (jnp.zeros((size, length), jnp.int32) if known is None
              else jnp.asarray(known, jnp.int32).reshape(size, length))
     unknown = (jnp.ones((size, length), bool) if known_mask is None
