@@ -4,6 +4,7 @@
 #   test         lint, types and tests: what a change must pass
 #   test-oldest  the tests on Python 3.11, in .venv-3.11
 #   laws         the tests marked slow as well: heavier evidence for what the README promises
+#   matrix       every generator on the tokens of every tokenizer, some minutes
 #   survival     forty killed runs against undisturbed ones, flipped bits, full disks: half an hour
 #   bench        ratio tables into docs/results; PEER=/path/python adds the named peers beside ours
 #   notebooks    executes every notebook
@@ -14,7 +15,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := test
-.PHONY: demo test test-oldest lint types laws survival bench notebooks clean
+.PHONY: demo test test-oldest lint types laws matrix survival bench notebooks clean
 
 BIN := .venv/bin
 comma := ,
@@ -64,6 +65,9 @@ test-oldest: .venv-3.11/installed-test
 
 laws: .venv/installed-test
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+matrix: .venv/installed-test
+	$(BIN)/python -m pytest -m 'slow or not slow' $(SIDE_BY_SIDE) tests/launch/test_matrix.py
 
 survival: .venv/installed-test
 	$(BIN)/python tests/survival.py
