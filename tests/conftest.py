@@ -3,6 +3,7 @@
 SMALTI_TYPECHECK=0 turns the shape checks off; JAX_ENABLE_COMPILATION_CACHE=0 the cache.
 """
 
+import gc
 import hashlib
 import os
 import platform
@@ -21,6 +22,7 @@ FOLDERS = ('networks', 'tokenizers', 'generators', 'data', 'evaluation', 'launch
 DATA = os.environ.get('SMALTI_DATA_DIR')
 CPU_MINUTES = 12  # what all tests together may take; the summary warns above it
 CACHE_BYTES = 1 << 30
+AREAS = 16_384  # of memory, from which on programs are forgotten
 
 
 def cache_programs() -> None:
@@ -119,6 +121,19 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(
         f'WARNING: the tests took more than {CPU_MINUTES} min of CPU time; shorten the slowest '
         'above, or mark them slow.', yellow=True)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def forget_programs():
+  """Linux gives a process 65,530 areas of memory; three per program, and the last one crashes."""
+  yield
+  try:
+    areas = Path('/proc/self/maps').read_bytes().count(b'\n')
+  except OSError:  # not Linux
+    return
+  if areas > AREAS:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

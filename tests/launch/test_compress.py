@@ -103,6 +103,7 @@ def test_probabilities_of_a_parallel_pass_lose_the_message(monkeypatch):
   tokens, labels = drawn('deep', 300)
   data = codec.compress(loaded('deep'), tokens, labels)
   model, read = loaded('deep').model, []
+  forward = jax.jit(lambda codes, label: model._logits(codes, label, None))
 
   def parallel(_, cache, previous, label, i):
     if i == 0:
@@ -110,7 +111,7 @@ def test_probabilities_of_a_parallel_pass_lose_the_message(monkeypatch):
     read.append(np.array(previous))
     codes = np.zeros((len(previous), 12), np.int32)
     codes[:, :len(read) - 1] = np.stack(read[1:], 1) if len(read) > 1 else 0
-    logits = model._logits(jnp.asarray(codes), jnp.asarray(label), None)
+    logits = forward(codes, label)
     return jax.nn.softmax(logits[:, int(i)], -1), cache
 
   monkeypatch.setattr(codec, 'probabilities', parallel)
