@@ -16,7 +16,7 @@ import numpy as np
 ORDERS = ('raster', 'nested', 'depth', 'scale', 'set')
 VIEWS = ('flat', 'factors', 'bits')
 Order = Literal['raster', 'nested', 'depth', 'scale', 'set']
-View = Literal['flat', 'factors', 'bits']
+View = Literal['flat', 'factors', 'bits'] | tuple[int, ...]  # a tuple: words of so many bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,13 +132,15 @@ class TokenSpec:
     """The spec of the same tokens seen another way; prefixes belong to the original spec.
 
     'flat' lists all codes as positions, row-major (equal alphabets); 'factors' splits every code
-    into its mixed-radix digits; 'bits' splits it into bits, least significant first.
+    into its mixed-radix digits; 'bits' splits it into bits, least significant first; a tuple packs
+    the bits of a position, in that order, into words of so many bits: (6, 12) of an alphabet of
+    2^18, or (8, 8) of sixteen single bits.
 
     Raises:
       ValueError: the view does not exist, with the reason.
     """
-    if name not in VIEWS:
-      raise ValueError(f'view={name!r} is not one of {", ".join(VIEWS)}.')
+    if not isinstance(name, tuple) and name not in VIEWS:
+      raise ValueError(f'view={name!r} is not one of {", ".join(VIEWS)} or a tuple of bits.')
     if name == 'flat':
       if len(set(self.vocab)) > 1:
         raise ValueError(f'A flat view needs equal alphabets, got vocab={self.vocab}.')
@@ -146,6 +148,12 @@ class TokenSpec:
       return TokenSpec(grid=grid, vocab=self.vocab[:1], factors=self.factors, eos=self.eos)
     if self.eos is not None:
       raise ValueError(f'A {name} view cannot hold an EOS (eos={self.eos}).')
+    if isinstance(name, tuple):
+      bits = self.view('bits').depth
+      if sum(name) != bits or min(name) < 1 or max(name) > 30:
+        raise ValueError(f'view={name} must split the {bits} bits of a position into words of 1 to '
+                         '30 bits.')
+      return TokenSpec(grid=self.grid, vocab=tuple(2**size for size in name))
     if name == 'factors' and not self.factors:
       raise ValueError('A factors view needs a spec with factors, such as FSQ levels.')
     return TokenSpec(grid=self.grid, vocab=sum(self._radices(name), ()))
@@ -155,6 +163,8 @@ class TokenSpec:
     self.view(name)
     if name == 'flat':
       return tokens.reshape(tokens.shape[0], self.length * self.depth, 1)
+    if isinstance(name, tuple):
+      return self.view(name).back('bits', self.to('bits', tokens))
     radix, place, owner = self._digits(name)
     return tokens[:, :, owner] // place % radix
 
@@ -163,6 +173,8 @@ class TokenSpec:
     self.view(name)
     if name == 'flat':
       return tokens.reshape(tokens.shape[0], self.length, self.depth)
+    if isinstance(name, tuple):
+      return self.back('bits', self.view(name).to('bits', tokens))
     radices = self._radices(name)
     _, place, _ = self._digits(name)
     ends = np.cumsum([len(r) for r in radices])

@@ -75,6 +75,21 @@ def test_bits_are_a_bijection_least_significant_first(spec, seed):
 
 
 @laws
+@given(powers_of_two(), st.data())
+def test_words_are_a_bijection_of_the_bits_in_their_order(spec, data):
+  left, words = spec.view('bits').depth, []
+  while left:
+    words.append(data.draw(st.integers(1, left)))
+    left -= words[-1]
+  check_view(spec, tuple(words), 0)
+  tokens = tokens_of(spec, 0)
+  digits = spec.to('bits', tokens)
+  for size, word in zip(words, np.moveaxis(spec.to(tuple(words), tokens), -1, 0)):
+    np.testing.assert_array_equal((digits[..., :size] << np.arange(size)).sum(-1), word)
+    digits = digits[..., size:]
+
+
+@laws
 @given(with_eos(), st.integers(0, 99))
 def test_canonical_repeats_eos_and_valid_counts_it_once(spec, seed):
   tokens = tokens_of(spec, seed)
@@ -188,6 +203,8 @@ def test_missing_views_are_refused_with_the_reason():
     TokenSpec(grid=(2,), vocab=(8,), eos=7).view('bits')
   with pytest.raises(ValueError, match='not one of flat, factors, bits'):
     TokenSpec(grid=(2,), vocab=(8,)).view('words')
+  with pytest.raises(ValueError, match='must split the 3 bits'):
+    TokenSpec(grid=(2,), vocab=(8,)).view((1, 1))
   with pytest.raises(ValueError, match='no prefixes'):
     TokenSpec(grid=(2,), vocab=(8,)).mask(np.array([1]))
   with pytest.raises(ValueError, match='Unknown fields of a TokenSpec: colour'):
