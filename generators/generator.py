@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from smalti.generators import logits as ids, schedules
 from smalti.networks.model import ModelConfig
 from smalti.tokenizers.spec import TokenSpec
 
@@ -29,6 +30,43 @@ def settings(cls: type) -> type:
 
 class Settings:
   """Base of all sampling settings; arguments of `sample`, never fields of a model."""
+
+
+@settings
+class DrawSettings(Settings):
+  """What is done to logits before a draw, see `generators.logits.process`; None is off."""
+  temperature: float = 1.0
+  top_k: int | None = None
+  typical: float | None = None
+  top_p: float | None = None
+  min_p: float | None = None
+
+  def process(self, logits: Float[Array, '*b v']) -> Float[Array, '*b v']:
+    return ids.process(logits, temperature=self.temperature, top_k=self.top_k,
+                       typical=self.typical, top_p=self.top_p, min_p=self.min_p)
+
+
+@settings
+class GuidanceSettings(Settings):
+  """Classifier-free guidance.
+
+  Args:
+    guidance: scale s of u + s (c - u), 1 is unguided, on a doubled batch; None is one pass.
+    guidance_schedule: s over the steps, see `schedules.guidance`, with its power, start and stop.
+  """
+  guidance: float | None = None
+  guidance_schedule: schedules.Guidance = 'constant'
+  guidance_power: float = 1.0
+  guidance_start: float = 0.0
+  guidance_stop: float = 1.0
+
+  def scales(self, steps: int) -> Float[Array, 't'] | None:
+    """s of every step, None without guidance."""
+    if self.guidance is None:
+      return None
+    return schedules.guidance(
+        self.guidance_schedule, self.guidance, steps, power=self.guidance_power,
+        start=self.guidance_start, stop=self.guidance_stop)
 
 
 @jax.tree_util.register_dataclass
