@@ -32,6 +32,7 @@ from smalti.launch import exits, help, serialization
 VERBS = {
     'train': 'train a tokenizer or a generator from one config; the same command resumes',
     'sample': 'draw from a trained generator: a grid of images and an .npz',
+    'infill': 'parts of held-out examples drawn again, given the rest',
     'reconstruct': 'inputs above what the tokenizer makes of them',
     'data': 'what is in a folder of images: counts, refusals, duplicates, split',
     'tokenize': 'a data set to sharded token files',

@@ -17,7 +17,7 @@ import numpy as np
 from smalti.evaluation.manifest import Score, read_scores
 
 Path = str | os.PathLike
-PICTURES = ('samples', 'reconstructions')
+PICTURES = ('samples', 'reconstructions', 'infills')
 
 
 @dataclasses.dataclass
