@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 from smalti.generators import logits as ids, schedules
 from smalti.generators.generator import Generator, GeneratorConfig, Sample, Settings, settings
 from smalti.networks.layers import Embedding, Linear, constrain, dropout
-from smalti.networks.transformer import Transformer, TransformerConfig
+from smalti.networks.quantized import quantized
+from smalti.networks.transformer import Block, Transformer, TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
 
 
@@ -63,6 +64,8 @@ class AutoregressiveSettings(Settings):
     prefill: the number of leading positions that `known_mask` holds in every row; they are read
       in one pass.
     order: of a model of all orders: 'raster', or 'random', one for every example.
+    cache: None keeps keys and values as they are computed, 'int8' in a quarter of float32.
+    weights: of the blocks: None as trained, 'int8' rounded once, before the first code.
   """
   temperature: float = 1.0
   repetition: float | None = None
@@ -77,6 +80,8 @@ class AutoregressiveSettings(Settings):
   guidance_stop: float = 1.0
   prefill: int = 0
   order: Literal['raster', 'random'] = 'raster'
+  cache: Literal['int8'] | None = None
+  weights: Literal['int8'] | None = None
 
 
 class Autoregressive(Generator):
@@ -174,6 +179,10 @@ class Autoregressive(Generator):
     all orders reads them first. `log_prob` is that of the drawn codes under the processed
     distribution.
     """
+    if settings.weights is not None:
+      rounded = quantized(self, settings.weights)
+      return rounded.sample(condition, keys=keys, known=known, known_mask=known_mask,
+                            settings=dataclasses.replace(settings, weights=None))
     batch, length, guided = keys.shape[0], self.flat.length, settings.guidance is not None
     prefill = settings.prefill * self.spec.depth
     if prefill and known is None or not 0 <= prefill <= length:
@@ -212,7 +221,7 @@ class Autoregressive(Generator):
     orders = None if order is None else double(order)
     slots = self._inputs(double(tokens[:, :prefill]), label, orders)
     rotations = self.transformer.rotations(self._positions())
-    cache = self.transformer.cache(label.shape[0], prefill)
+    cache = self.transformer.cache(label.shape[0], prefill, settings.cache)
     if prefill:
       _, cache = self.transformer.extend(
           slots[:, :-1], cache, positions=jax.tree.map(lambda r: r[:prefill], rotations),
@@ -276,19 +285,45 @@ class Autoregressive(Generator):
     return Sample(tokens=self.spec.back('flat', tokens[..., None]), nfe=(1 + guided) * passes,
                   exact=exact, log_prob=log_prob)
 
+  def forced(self, batch: dict[str, Array], *, cache: Literal['int8'] | None = None,
+             weights: Literal['int8'] | None = None
+             ) -> tuple[Float[Array, 'b n'], Int[Array, 'b n']]:
+    """Code by code, as `sample` computes: nats of every code, 0 after an EOS, and the likeliest.
+
+    What `log_prob` says in one pass (sum the nats, negate), under the settings `cache` and
+    `weights`, which the one pass has no cache for.
+    """
+    if weights is not None:
+      return quantized(self, weights).forced(batch, cache=cache)
+    tokens = self.spec.to('flat', batch['tokens'])[..., 0]
+    label, layers = self._label(batch, len(tokens)), self.transformer.unstack()
+
+    def step(state, now):
+      i, code = now
+      logits, entries = self.advance(*state, label, i, layers)
+      return (entries, code), (_nll(logits, code), jnp.argmax(logits, -1))
+
+    empty = self.transformer.cache(len(tokens), self.flat.length, cache)
+    _, found = jax.lax.scan(
+        step, (empty, tokens[:, 0]), (jnp.arange(self.flat.length), tokens.T))
+    nats, likeliest = (x.T for x in found)
+    return self._valid(tokens) * nats, likeliest
+
   def advance(self, cache: Any, previous: Int[Array, 'b'], label: Int[Array, 'b'],
-              i: Int[Array, '']) -> tuple[Float[Array, 'b v'], Any]:
+              i: Int[Array, ''], layers: list[Block] | None = None
+              ) -> tuple[Float[Array, 'b v'], Any]:
     """Logits of code i of the flat view, given the codes before, of which `previous` is the last.
 
     Args:
       cache: `transformer.cache(b, flat.length)` at first, then what the call before returned.
       label: rows of the label table, `classes` where there is none.
+      layers: `transformer.unstack()`, sliced once.
     """
     order = None if self.anneal is None else self._raster(len(label))
     first = self._inputs(jnp.zeros((len(label), 0), jnp.int32), label, order)
     x = jnp.where(i == 0, first, self._embed(previous[:, None], i[None], order))
     positions = jax.lax.dynamic_slice_in_dim(self._positions(), i, 1)
-    y, cache = self.transformer.extend(x, cache, index=i, positions=positions,
+    y, cache = self.transformer.extend(x, cache, index=i, positions=positions, layers=layers,
                                        modulation=self._modulation(label, i[None]))
     return constrain(self.head(y)[:, 0], 'b c'), cache
 

@@ -62,14 +62,19 @@ class Linear(nnx.Module):
     """Contracts the last axes of x; an einsum `equation` may name another layout."""
     x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
     if equation is None:
-      # one row per position: with more axes the gradient of the kernel copies transposes on CPU
-      leading = x.shape[:x.ndim - self.inputs]
-      y = jnp.tensordot(x.reshape(-1, *x.shape[len(leading):]), kernel, self.inputs,
-                        preferred_element_type=self.result)
-      y = y.reshape(*leading, *y.shape[1:])
+      y = contract(x, kernel, self.inputs, self.result)
     else:
       y = jnp.einsum(equation, x, kernel, preferred_element_type=self.result)
     return y if self.bias is None else y + self.bias[...].astype(self.result)
+
+
+def contract(x: Array, kernel: Array, inputs: int, result: str) -> Array:
+  """The last `inputs` axes of x with the first of the kernel, in the dtype `result`."""
+  # one row per position: with more axes the gradient of the kernel copies transposes on CPU
+  leading = x.shape[:x.ndim - inputs]
+  y = jnp.tensordot(x.reshape(-1, *x.shape[len(leading):]), kernel, inputs,
+                    preferred_element_type=result)
+  return y.reshape(*leading, *y.shape[1:])
 
 
 class Embedding(nnx.Module):

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from smalti.networks import int8
+from smalti.networks.int8 import Int8
 from smalti.networks.layers import (
     LayerNorm,
     Linear,
@@ -33,7 +35,8 @@ ACTIVATIONS: dict[str, Any] = {
     # as PyTorch has it; the complementary error function of jax.nn.gelu costs a step 6 % on CPU
     'gelu': lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5 ** 0.5)), 'tanh': jnp.tanh}
 Rotations = tuple[Float[Array, '... p'], Float[Array, '... p']]
-Cache = list[tuple[Float[Array, 'b k t f'], Float[Array, 'b k t f']]]
+Entries = Float[Array, 'b k t f'] | Int8
+Cache = list[tuple[Entries, Entries]]
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -237,8 +240,20 @@ class Transformer(nnx.Module):
       states[i] = x
     return [states[i] for i in blocks]
 
-  def cache(self, batch: int, length: int) -> Cache:
-    """Empty keys and values of every layer, for `length` positions."""
+  def cache(self, batch: int, length: int, dtype: Literal['int8'] | None = None) -> Cache:
+    """Empty keys and values of every layer, for `length` positions.
+
+    Args:
+      dtype: None keeps them as they are computed, 'int8' in a quarter of float32 and a scale for
+        every token and head.
+    """
+    if dtype == 'int8':
+      shape = (batch, self.kv_heads, length)
+      quantized = Int8(constrain(jnp.zeros((*shape, self.features), jnp.int8), 'b k n f'),
+                       constrain(jnp.zeros((*shape, 1)), 'b k n f'))
+      return [(quantized, quantized) for _ in range(self.layers)]
+    if dtype is not None:
+      raise ValueError(f'a cache of {dtype=} is not known; say int8, or None for floats.')
     # XLA on CPU would convert a bfloat16 cache to float32, as a whole, for every token
     dtype = 'float32' if jax.default_backend() == 'cpu' else self.dtype
     empty = constrain(jnp.zeros((batch, self.kv_heads, length, self.features), dtype), 'b k n f')
@@ -246,8 +261,8 @@ class Transformer(nnx.Module):
 
   def grow(self, cache: list, length: int) -> list:
     """The cache with room for `length` positions: a loop over short caches reads less."""
-    return [tuple(jnp.pad(entry, [(0, 0), (0, 0), (0, length - entry.shape[2]), (0, 0)])
-                  for entry in layer) for layer in cache]
+    return jax.tree.map(lambda entry: jnp.pad(
+        entry, [(0, 0), (0, 0), (0, length - entry.shape[2]), (0, 0)]), cache)
 
   def unstack(self) -> list[Block]:
     """The blocks one by one; call it once, outside the token loop."""
@@ -342,16 +357,22 @@ def modulate(x: Array, shift: Array | None, scale: Array | None) -> Array:
   return x if shift is None else x * (1 + scale) + shift
 
 
-def write(cache: Float[Array, 'b k t f'], entries: Float[Array, 'b k m f'], index: Array) -> Array:
+def write(cache: Float[Array, 'b k t f'] | Int8, entries: Float[Array, 'b k m f'], index: Array
+          ) -> Array | Int8:
   """The cache with `entries` at `index`, a scalar or one place per row."""
-  entries = entries.astype(cache.dtype)
+  if isinstance(cache, Int8):
+    return Int8(*(_place(c, e, index) for c, e in zip(cache, int8.quantize(entries))))
+  return _place(cache, entries.astype(cache.dtype), index)
+
+
+def _place(cache: Array, entries: Array, index: Array) -> Array:
   if index.ndim == 0:
     return jax.lax.dynamic_update_slice_in_dim(cache, entries, index, 2)
   place = jax.vmap(lambda c, e, i: jax.lax.dynamic_update_slice_in_dim(c, e, i, 1))
   return place(cache, entries, index)
 
 
-def allowed(query: Array, key: Array, causal: bool, mask: Array | None, index: Array | None
+def allowed(query: Array, key: Array | Int8, causal: bool, mask: Array | None, index: Array | None
             ) -> Bool[Array, '#b #k n t'] | None:
   """Which keys each query may see; query i sits at key `index` + i. None is all of them."""
   if not causal and mask is None:
@@ -369,8 +390,8 @@ def allowed(query: Array, key: Array, causal: bool, mask: Array | None, index: A
   return seen if seen.ndim == 4 else seen[None, None]
 
 
-def attend(query: Float[Array, 'b k n f'], key: Float[Array, 'b j t f'],
-           value: Float[Array, 'b j t f'], *, causal: bool, mask: Array | None,
+def attend(query: Float[Array, 'b k n f'], key: Float[Array, 'b j t f'] | Int8,
+           value: Float[Array, 'b j t f'] | Int8, *, causal: bool, mask: Array | None,
            index: Array | None = None) -> Float[Array, 'b k n f']:
   """softmax(q k^T / sqrt(f)) v with float32 softmax; heads k share the j key heads in groups.
 
@@ -382,7 +403,8 @@ def attend(query: Float[Array, 'b k n f'], key: Float[Array, 'b j t f'],
   # a causal pattern is a flag to cuDNN; any other mask is a bias, which needs even lengths
   flag = causal and mask is None and index is None
   seen = None if flag else allowed(query, key, causal, mask, index)
-  if (jax.default_backend() == 'gpu' and query.dtype == jnp.bfloat16 and length > 1
+  if (not isinstance(key, Int8) and not isinstance(value, Int8)
+      and jax.default_backend() == 'gpu' and query.dtype == jnp.bfloat16 and length > 1
       and features % 8 == 0 and features <= 128
       and (seen is None or length % 2 == key.shape[2] % 2 == 0)):
     query, key, value = (jnp.swapaxes(y, 1, 2) for y in (query, key, value))
@@ -391,9 +413,9 @@ def attend(query: Float[Array, 'b k n f'], key: Float[Array, 'b j t f'],
     return jnp.swapaxes(y, 1, 2)
   seen = allowed(query, key, causal, mask, index)
   query = (query * features ** -0.5).reshape(batch, key.shape[1], groups * length, features)
-  score = jnp.einsum('bjnf,bjtf->bjnt', query, key, preferred_element_type=jnp.float32)
+  score = int8.scores(query, key)
   if seen is not None:
     grouped = score.reshape(batch, key.shape[1], groups, length, -1)
     score = jnp.where(seen[:, :, None], grouped, -jnp.inf).reshape(score.shape)
-  weight = jax.nn.softmax(score, -1).astype(value.dtype)
-  return jnp.einsum('bjnt,bjtf->bjnf', weight, value).reshape(batch, heads, length, features)
+  y = int8.mix(jax.nn.softmax(score, -1), value, query.dtype)
+  return y.reshape(batch, heads, length, features)
