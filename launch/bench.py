@@ -27,52 +27,15 @@ def quantizers(bench: Bench) -> Iterator[Row]:
 
 
 def generators(bench: Bench) -> Iterator[Row]:
-  """Decoding 256 codes: performance goal P5, and what the cache saves."""
-  import jax
-  import jax.numpy as jnp
-  import numpy as np
-
-  from smalti.generators.autoregressive import AutoregressiveSettings
-  from smalti.generators.generator import example_keys, generate
-  from smalti.launch import llama
-  sizes = llama.Sizes()
-  model = sizes.build()
-  path = bench.folder / 'llama.npz'
-  np.savez(path, **llama.weights(model))
-  name = f'sampling {sizes.length} codes, {sizes.layers} x {sizes.width}, vocabulary {sizes.vocab}'
-  seeds = itertools.count()
-  for batch in (1, 16):
-    def run(batch=batch):
-      keys = example_keys(next(seeds), jnp.arange(batch))
-      return generate(model, None, keys=keys, settings=AutoregressiveSettings()).tokens
-
-    ours = timing.Ours(run)
-    tokens = np.asarray(run())[0, :, 0]
-    found = bench.against('decode', path=str(path), tokens=tokens.tolist(), batch=batch,
-                          length=sizes.length, **sizes.peer())
-    if found:
-      log_prob = float(jax.jit(lambda m, t: m.log_prob({'tokens': t}))(
-          model, jnp.asarray(tokens)[None, :, None])[0])
-      if abs(log_prob - sum(found['check'])) > 1e-4 * abs(log_prob):
-        raise RuntimeError(f'the peer says {sum(found["check"]):.4f} nats, we say {log_prob:.4f}.')
-    yield Row(f'{name}, batch {batch}', 'LlamaForCausalLM.generate', bench.run(ours), 0.5)
-    if batch == 1:
-      full = jax.jit(llama.uncached)
-      keys = example_keys(0, jnp.arange(batch))
-      same = np.mean(np.asarray(full(model, keys)) == np.asarray(generate(
-          model, None, keys=keys, settings=AutoregressiveSettings()).tokens)[..., 0])
-      if same < 1:
-        raise RuntimeError(f'only {same:.2%} of the codes are the same without the cache.')
-      yield Row(f'{name}, batch {batch}', 'ours without a cache',
-                timing.compare(ours, timing.Ours(functools.partial(full, model, keys)),
-                               rounds=min(bench.rounds, 3), seconds=0))  # one takes half a minute
+  """Decoding and training steps of a Llama, parallel decoding, and growth with the length."""
+  from smalti.launch import bench_generators
+  yield from bench_generators.generators(bench)
 
 
 def train(bench: Bench) -> Iterator[Row]:
-  """The loop around the step, a step against torch (P6), and compile time by depth (P12)."""
+  """The loop around the step, and compile time by depth (P12)."""
   for config in ('digits_vq', 'digits_fsq'):
     yield Row(f'training loop, {config}', 'its compiled step alone', _loop(bench, config), 1.05)
-  yield _step(bench)
   yield Row('compile 24 scanned layers', 'compile 2 scanned layers',
             timing.compare(_Compile(24), _Compile(2), rounds=bench.rounds, seconds=0), 1.3)
 
@@ -132,38 +95,6 @@ class _Counted:
   def measure(self, calls: int) -> timing.Timing:
     found = timing.measure(functools.partial(self.run, calls), 1)
     return timing.Timing(found.cpu / calls, found.wall / calls)
-
-
-def _step(bench: Bench) -> Row:
-  import jax
-  import jax.numpy as jnp
-  import numpy as np
-
-  from smalti.launch import llama, optimizer as optimizers, state as states, step as steps
-  from smalti.launch.experiment import OptimizerConfig
-  sizes, batch = llama.Sizes(), 8
-  model = sizes.build()
-  path = bench.folder / 'llama_step.npz'
-  np.savez(path, **llama.weights(model))
-  structure = states.Structure.of(model)
-  rule = optimizers.make(OptimizerConfig(rate=1e-4, clip=None), None, 10**6)
-  params, buffers = structure.split(model)
-  state = {'step': jnp.zeros((), jnp.int32), 'params': params, 'buffers': buffers, 'ema': {},
-           'optimizer': states.to_dict(rule.init(params))}
-  step = jax.jit(functools.partial(
-      steps.train_step, structure=structure, optimizer=rule), donate_argnums=0)
-  tokens = np.random.default_rng(0).integers(0, sizes.vocab, (batch, sizes.length, 1), np.int32)
-  rows, key, holder = {'tokens': jnp.asarray(tokens)}, jax.random.key(0), {'state': state}
-
-  def run():
-    holder['state'], metrics = step(holder['state'], rows, key)
-    return metrics['loss']
-
-  ours = timing.Ours(run)
-  bench.against('train_step', path=str(path), batch=batch, length=sizes.length,
-                **sizes.peer())
-  return Row(f'train step, {sizes.layers} x {sizes.width}, batch {batch} of {sizes.length}',
-             'torch eager, fused AdamW', bench.run(ours), 1.25)
 
 
 class _Compile:

@@ -32,10 +32,24 @@ class Sizes:
     return TransformerConfig(layers=self.layers, width=self.width, heads=self.heads,
                              qk_norm=False, remat=self.remat)
 
+  @property
+  def spec(self) -> TokenSpec:
+    return TokenSpec(grid=(self.length,), vocab=(self.vocab,))
+
+  def flops(self, batch: int) -> int:
+    """Of the products in a training step: 6 x weights x codes + 12 x layers x width x N x codes.
+
+    Twice a forward pass for the backward one; nothing that is recomputed counts, and attention as
+    if it were not causal.
+    """
+    codes, width = batch * self.length, self.width
+    weights = self.layers * (4 * width**2 + 3 * width * hidden_size(self.transformer))
+    return codes * (6 * (weights + width * self.vocab) + 12 * self.layers * width * self.length)
+
   def build(self, seed: int = 0) -> Autoregressive:
     """A model with random weights, its head too: zeros would make every draw uniform."""
-    spec = TokenSpec(grid=(self.length,), vocab=(self.vocab,))
-    model = AutoregressiveConfig(transformer=self.transformer).build(spec, rngs=nnx.Rngs(seed))
+    config = AutoregressiveConfig(transformer=self.transformer)
+    model = config.build(self.spec, rngs=nnx.Rngs(seed))
     kernel = model.head.kernel
     kernel[...] = 0.02 * jax.random.normal(jax.random.key(seed + 1), kernel.shape)
     return model

@@ -56,11 +56,32 @@ def measure(run: Run, calls: int) -> Timing:
   return Timing((time.process_time() - cpu) / calls, (time.perf_counter() - wall) / calls)
 
 
-class Ours:
-  """A side of a comparison that runs here."""
+class Program:
+  """A jitted function compiled for arguments, to be called with others of their shapes.
 
-  def __init__(self, run: Run):
-    self.run, self.first = run, first(run)
+  Attributes:
+    seconds: what tracing and compiling took.
+    bytes: the peak of its temporary memory.
+    costs: both, as a row has them.
+  """
+
+  def __init__(self, function: Any, *args: Any, **options: Any):
+    begin = time.perf_counter()
+    self._compiled = function.lower(*args, **options).compile()
+    self.seconds = time.perf_counter() - begin
+    self.bytes = self._compiled.memory_analysis().temp_size_in_bytes
+    self.costs = {'compile_seconds': round(self.seconds, 2),
+                  'temporary_mib': round(self.bytes / 2**20, 2)}
+
+  def __call__(self, *args: Any, **options: Any) -> Any:
+    return self._compiled(*args, **options)
+
+
+class Ours:
+  """A side of a comparison that runs here; the first call of a `Program` includes compiling it."""
+
+  def __init__(self, run: Run, program: Program | None = None):
+    self.run, self.first = run, first(run) + (program.seconds if program else 0.0)
 
   def measure(self, calls: int) -> Timing:
     return measure(self.run, calls)

@@ -48,18 +48,20 @@ def llama(path, layers, width, heads, hidden, vocab):
   return model
 
 
-def decode(path, tokens, batch, length, **sizes):
-  """`generate` with its cache, sampling at temperature 1."""
+def decode(path, tokens, batch, length, known, compiled, **sizes):
+  """Sampling at temperature 1 after `known` codes: `generate` with its cache, or `static`."""
   model = llama(path, **sizes).eval()
   bos = sizes['vocab']
-  start = torch.full((batch, 1), bos)
+  if compiled:
+    return static(model, tokens, batch, length)
+  start = torch.tensor([[bos, *tokens[:known]]]).repeat(batch, 1)
 
   @torch.no_grad()
   def run():
     torch.manual_seed(0)
     return model.generate(
         start, attention_mask=torch.ones_like(start), do_sample=True, temperature=1.0, top_k=0,
-        top_p=1.0, min_new_tokens=length, max_new_tokens=length, use_cache=True)
+        top_p=1.0, min_new_tokens=length - known, max_new_tokens=length - known, use_cache=True)
 
   @torch.no_grad()
   def check(result):
@@ -72,16 +74,60 @@ def decode(path, tokens, batch, length, **sizes):
   return run, check
 
 
-def train_step(path, batch, length, **sizes):
-  """Forward, backward and fused AdamW, eager."""
+def static(model, tokens, batch, length):
+  """A loop over one compiled step, which reads a static cache, and draws."""
+  from transformers import StaticCache
+  config = model.config
+  bos, heads = config.vocab_size - 1, config.num_attention_heads
+  cache = StaticCache(config=config, max_cache_len=length)
+  cache.early_initialization(batch_size=batch, num_heads=heads, dtype=torch.float32, device='cpu',
+                             head_dim=config.hidden_size // heads)
+  places = list(torch.arange(length)[:, None, None])  # tensors: numbers would be compiled in
+
+  @torch.compile(fullgraph=True, dynamic=False)
+  def step(code, place):
+    logits = model(code, position_ids=place, past_key_values=cache, use_cache=True).logits
+    logits = logits[:, -1, :bos]
+    return torch.multinomial(logits.softmax(-1), 1), logits
+
+  @torch.no_grad()
+  def run():
+    torch.manual_seed(0)
+    cache.reset()
+    codes = [torch.full((batch, 1), bos)]
+    for place in places:
+      codes.append(step(codes[-1], place)[0])
+    return torch.cat(codes, 1)
+
+  @torch.no_grad()
+  def check(result):
+    assert result.shape == (batch, length + 1)
+    cache.reset()
+    found, given = [], [bos, *tokens]
+    for i in range(length):  # ours puts BOS and the first code at 0
+      _, logits = step(torch.full((batch, 1), given[i]), places[max(i - 1, 0)])
+      found.append(float(logits[0].log_softmax(-1)[tokens[i]]))
+    return found
+
+  return run, check
+
+
+def train_step(path, batch, length, compiled, **sizes):
+  """Forward, backward and fused AdamW, eager or with the first two compiled."""
   model = llama(path, **sizes).train()
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
   random = np.random.default_rng(0)
   tokens = torch.from_numpy(random.integers(0, sizes['vocab'], (batch, length + 1)))
 
-  def run():
+  def cost(tokens):
     logits = model(tokens[:, :-1]).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+  if compiled:
+    cost = torch.compile(cost, dynamic=False)
+
+  def run():
+    loss = cost(tokens)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
