@@ -8,6 +8,10 @@ is exact. Infilling clamps known codes, which is exact for prefixes only.
 With `anneal` the order of the codes is part of what is learned (RAR, arXiv 2411.00776): training
 permutes them, and every slot is told which code comes next, without which it could not know. Known
 codes are then put first, so that infilling is exact for any of them.
+
+Text (`generators/text.py`) comes before the prefix token, as T tokens, or is a memory of
+cross-attention. The slot that predicts the first code is the prefix token in either case, which is
+always real; LlamaGen's is the last slot of the text, for which it pads on the left.
 """
 
 import dataclasses
@@ -17,10 +21,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from smalti.generators import logits as ids, schedules
 from smalti.generators.generator import Generator, GeneratorConfig, Sample, Settings, settings
+from smalti.generators.text import Context, Text, TextConfig
 from smalti.networks.layers import Embedding, Linear, constrain, dropout
 from smalti.networks.quantized import quantized
 from smalti.networks.transformer import Block, Transformer, TransformerConfig
@@ -33,9 +38,12 @@ class AutoregressiveConfig(GeneratorConfig):
 
   Args:
     transformer: its `axes` is 1 for the row-major index of a code, or the number of axes of the
-      grid (one more for several codes per position) for one rotary coordinate each.
-    classes: labels 0..classes - 1; 0 is unconditional.
-    label_dropout: how often training replaces a label by the null label, per example.
+      grid (one more for several codes per position) for one rotary coordinate each. With `memory`,
+      the width of the text's features, text enters by cross-attention, otherwise as a prefix.
+    classes: labels 0..classes - 1; 0 is none.
+    text: what text the codes are conditioned on; None is none.
+    label_dropout: how often training replaces the whole condition, label and text, by the null
+      condition, per example.
     dropout: of the token embeddings; the transformer has its own.
     anneal: the steps from and to which the share of examples in random order falls, linearly, from
       1 to 0 (RAR: 125,000 and 187,500 of 250,000; without an end, (steps, steps), the model keeps
@@ -44,6 +52,7 @@ class AutoregressiveConfig(GeneratorConfig):
   """
   transformer: TransformerConfig
   classes: int = 0
+  text: TextConfig | None = None
   label_dropout: float = 0.1
   dropout: float = 0.0
   anneal: tuple[int, int] | None = None
@@ -103,6 +112,8 @@ class Autoregressive(Generator):
     self.label_dropout, self.dropout = config.label_dropout, config.dropout
     self.token = Embedding(flat.vocab[0], width, dtype=dtype, rngs=rngs)
     self.label = Embedding(config.classes + 1, width, dtype=dtype, rngs=rngs)  # last: null, or BOS
+    self.text = _text(config, rngs)
+    self.before = 0 if self.text is None else self.text.slots  # tokens of text
     # which code of its position comes next
     self.depth = Embedding(spec.depth, width, dtype=dtype, rngs=rngs) if spec.depth > 1 else None
     self.anneal = config.anneal
@@ -117,16 +128,19 @@ class Autoregressive(Generator):
     """Mean nats per valid token; labels are dropped per example in training."""
     tokens = self.spec.to('flat', batch['tokens'])[..., 0]
     label, keys = self._label(batch, tokens.shape[0]), jax.random.split(key, 3)
-    order = None
+    if self.text is not None and 'text' not in batch:
+      raise ValueError(f'A generator of text needs an entry `text`, got {", ".join(batch)}.')
+    order = dropped = None
     if self.anneal is not None:
       order = self._raster(len(tokens))
       if train:
         order = _shuffled(jax.random.fold_in(key, 1), order, self._share(step))
       tokens = jnp.take_along_axis(tokens, order, 1)
-    if train and self.classes:
+    if train and (self.classes or self.text is not None):
       dropped = jax.random.bernoulli(keys[0], self.label_dropout, label.shape)
       label = jnp.where(dropped, self.classes, label)
-    logits = self._logits(tokens, label, keys[1:] if train else None, order)
+    text = self._read(batch, len(tokens), dropped, jax.random.fold_in(key, 2) if train else None)
+    logits = self._logits(tokens, label, keys[1:] if train else None, order, text)
     valid = self._valid(tokens).astype(jnp.float32)
     count = jnp.sum(valid)
     nll = jnp.sum(valid * _nll(logits, tokens)) / count
@@ -137,7 +151,9 @@ class Autoregressive(Generator):
 
   def log_prob(self, batch: dict[str, Array], order: Int[Array, 'b n'] | None = None
                ) -> Float[Array, 'b']:
-    """Exact log p(tokens | label) in nats, to the first EOS.
+    """Exact log p(tokens | label, text) in nats, to the first EOS.
+
+    Without them the batch asks for the null condition.
 
     Args:
       order: of a model of all orders, permutations of the positions; None is row-major.
@@ -148,15 +164,16 @@ class Autoregressive(Generator):
     if self.anneal is not None:
       order = self._raster(len(tokens)) if order is None else order
       tokens = jnp.take_along_axis(tokens, order, 1)
-    logits = self._logits(tokens, self._label(batch, tokens.shape[0]), None, order)
+    logits = self._logits(tokens, self._label(batch, tokens.shape[0]), None, order,
+                          self._read(batch, len(tokens)))
     return -jnp.sum(self._valid(tokens) * _nll(logits, tokens), -1)
 
   def hidden(self, tokens: Int[Array, 'b n d'], *, blocks: tuple[int, ...],
              keys: Array | None = None, noise: float = 0.0) -> list[Float[Array, 'b m c']]:
     """What the numbered blocks (1 the first) hold in the slot that predicts each code, for probes.
 
-    A slot has read the codes before its own, so that none reads the last one; the label is never
-    told.
+    A slot has read the codes before its own, so that none reads the last one; label and text are
+    never told.
 
     Raises:
       ValueError: `noise` other than 0: nothing can be hidden here.
@@ -168,9 +185,12 @@ class Autoregressive(Generator):
     label, order = self._label({}, len(codes)), None
     if self.anneal is not None:
       order = self._raster(len(codes))
-    x = self._inputs(codes[:, :-1], label, order)
-    return self.transformer.hidden(x, blocks=blocks, positions=self._positions(), causal=True,
-                                   modulation=self._modulation(label, jnp.arange(x.shape[1])))
+    text = self._read({}, len(codes))  # all of it real: no mask
+    x = self._inputs(codes[:, :-1], label, order, text)
+    states = self.transformer.hidden(
+        x, blocks=blocks, positions=self._positions(), causal=True, memory=self._memory(text),
+        modulation=self._modulation(label, jnp.arange(x.shape[1]) - self.before))
+    return [y[:, self.before:] for y in states]
 
   def sample(self, condition, *, keys, settings, known=None, known_mask=None) -> Sample:
     """Code by code, in row-major order, with cached keys and values.
@@ -188,14 +208,15 @@ class Autoregressive(Generator):
     if prefill and known is None or not 0 <= prefill <= length:
       raise ValueError(
           f'prefill={settings.prefill} needs as many known positions; at most {self.spec.length}.')
-    if guided and not self.classes:
-      raise ValueError(f'guidance={settings.guidance} needs a generator with classes.')
+    if guided and not self.classes and self.text is None:
+      raise ValueError(f'guidance={settings.guidance} needs a generator with classes or text.')
     condition = condition or {}
-    if unread := set(condition) - ({'label'} if self.classes else set()):
+    reads = ['label'] * bool(self.classes) + ['text', 'text_mask'] * (self.text is not None)
+    if unread := set(condition) - set(reads):
       raise ValueError(
           f'condition holds {sorted(unread)}, and this generator with classes={self.classes} reads '
-          f'{"label" if self.classes else "nothing"}.')
-    label, scales = self._label(condition, batch), None
+          f'{", ".join(reads) or "nothing"}.')
+    label, text, scales = self._label(condition, batch), self._read(condition, batch), None
     if guided:
       scales = schedules.guidance(
           settings.guidance_schedule, settings.guidance, length, power=settings.guidance_power,
@@ -217,21 +238,29 @@ class Autoregressive(Generator):
 
     if guided:
       label = jnp.stack([label, jnp.full_like(label, self.classes)], 1).reshape(-1)
-    layers = self.transformer.unstack()
+      text = None if text is None else self.text.guided(text)
+    layers, before = self.transformer.unstack(), self.before
+    memories = self.transformer.read(self._memory(text), layers)
     orders = None if order is None else double(order)
-    slots = self._inputs(double(tokens[:, :prefill]), label, orders)
+    slots = self._inputs(double(tokens[:, :prefill]), label, orders, text)
     rotations = self.transformer.rotations(self._positions())
-    cache = self.transformer.cache(label.shape[0], prefill, settings.cache)
-    if prefill:
+    real = self._real(text)
+    read = before + prefill  # slots that are read in one pass
+    cache = self.transformer.cache(label.shape[0], read, settings.cache)
+    if read:
       _, cache = self.transformer.extend(
-          slots[:, :-1], cache, positions=jax.tree.map(lambda r: r[:prefill], rotations),
-          layers=layers, modulation=self._modulation(label, jnp.arange(prefill)))
+          slots[:, :-1], cache, positions=jax.tree.map(lambda r: r[:read], rotations),
+          layers=layers, memories=memories, mask=None if real is None else real[:, :read],
+          modulation=self._modulation(label, jnp.arange(-before, prefill)))
 
     def step(state):
       i, x, cache, tokens, done, log_prob, seen = state
+      slot = before + i
       y, cache = self.transformer.extend(
-          x, cache, index=i, layers=layers, modulation=self._modulation(label, i[None]),
-          positions=jax.tree.map(lambda r: jax.lax.dynamic_slice_in_dim(r, i, 1), rotations))
+          x, cache, index=slot, layers=layers, memories=memories,
+          mask=None if real is None else real[:, :cache[0][0].shape[2]],
+          modulation=self._modulation(label, i[None]),
+          positions=jax.tree.map(lambda r: jax.lax.dynamic_slice_in_dim(r, slot, 1), rotations))
       logits = constrain(self.head(y)[:, 0], 'b c')  # all columns on every device, to truncate
       if guided:
         logits = ids.guide(*jnp.moveaxis(logits.reshape(batch, 2, -1), 1, 0), scales[i])
@@ -266,7 +295,7 @@ class Autoregressive(Generator):
       done = jnp.any(tokens[:, :prefill] == self.flat.eos, -1)
     state = (jnp.asarray(prefill), slots[:, -1:], cache, tokens, done, jnp.zeros(batch), seen)
     for end in segments(prefill, length):
-      state = (*state[:2], self.transformer.grow(state[2], end), *state[3:])
+      state = (*state[:2], self.transformer.grow(state[2], before + end), *state[3:])
 
       def unfinished(state, end=end):  # nothing is left to do once every row has its EOS
         return (state[0] < end) & ~jnp.all(state[4])
@@ -276,7 +305,7 @@ class Autoregressive(Generator):
     if self.flat.eos is not None:
       tokens = self.flat.canonical(tokens[..., None])[..., 0]
       tokens = tokens if fixed is None else jnp.where(fixed, known, tokens)
-    passes = last - prefill + bool(prefill)
+    passes = last - prefill + bool(read)
     exact = jnp.full(batch, True)
     if fixed is not None:
       exact = jnp.all(fixed[:, :-1] | ~fixed[:, 1:], -1)
@@ -318,7 +347,13 @@ class Autoregressive(Generator):
       cache: `transformer.cache(b, flat.length)` at first, then what the call before returned.
       label: rows of the label table, `classes` where there is none.
       layers: `transformer.unstack()`, sliced once.
+
+    Raises:
+      ValueError: a generator of text.
     """
+    if self.text is not None:
+      raise ValueError('This generator reads text, which is not kept with compressed codes; '
+                       'compress with one of labels, or without a condition.')
     order = None if self.anneal is None else self._raster(len(label))
     first = self._inputs(jnp.zeros((len(label), 0), jnp.int32), label, order)
     x = jnp.where(i == 0, first, self._embed(previous[:, None], i[None], order))
@@ -333,26 +368,44 @@ class Autoregressive(Generator):
       return jnp.full(size, self.classes, jnp.int32)
     return batch['label']
 
+  def _read(self, batch: dict[str, Array], size: int, dropped: Array | None = None,
+            key: Array | None = None) -> Context | None:
+    """What text becomes; a key trains."""
+    return None if self.text is None else self.text(
+        batch, size, dropped=dropped, key=key, train=key is not None)
+
+  def _memory(self, text: Context | None) -> Context | None:
+    return None if self.before else text
+
+  def _real(self, text: Context | None) -> Bool[Array, 'b m'] | None:
+    """Which slots may be attended to; None of no prefix, which are all."""
+    return jnp.pad(text[1], [(0, 0), (0, self.flat.length)],
+                   constant_values=True) if self.before else None
+
   def _logits(self, tokens: Int[Array, 'b n'], label: Int[Array, 'b'], keys: Array | None,
-              order: Int[Array, 'b n'] | None = None) -> Float[Array, 'b n v']:
-    x = self._inputs(tokens[:, :-1], label, order)
+              order: Int[Array, 'b n'] | None = None, text: Context | None = None
+              ) -> Float[Array, 'b n v']:
+    text = self._read({}, len(tokens)) if text is None else text
+    x = self._inputs(tokens[:, :-1], label, order, text)
     if keys is not None:
       x = dropout(x, self.dropout, keys[0])
-    y = self.transformer(x, positions=self._positions(), causal=True,
-                         modulation=self._modulation(label, jnp.arange(x.shape[1])),
+    y = self.transformer(x, positions=self._positions(), causal=True, mask=self._real(text),
+                         memory=self._memory(text),
+                         modulation=self._modulation(label, jnp.arange(x.shape[1]) - self.before),
                          key=None if keys is None else keys[1], train=keys is not None)
-    return constrain(self.head(y), 'b n v')
+    return constrain(self.head(y[:, self.before:]), 'b n v')
 
   def _inputs(self, tokens: Int[Array, 'b n'], label: Int[Array, 'b'],
-              order: Int[Array, 'b l'] | None = None) -> Float[Array, 'b m c']:
-    """The label and then the codes, in their order: n + 1 slots."""
+              order: Int[Array, 'b l'] | None = None, text: Context | None = None
+              ) -> Float[Array, 'b m c']:
+    """Text, the label and then the codes, in their order: `before` + 1 + n slots."""
     first = self.label(label)[:, None]
     if self.depth is not None:
       first = first + self.depth(jnp.zeros((), jnp.int32))
     if order is not None:
       first = first + self.next(order[:, :1])
-    return jnp.concatenate(
-        [first, self._embed(tokens, 1 + jnp.arange(tokens.shape[1]), order)], 1)
+    parts = [first, self._embed(tokens, 1 + jnp.arange(tokens.shape[1]), order)]
+    return jnp.concatenate([text[0].astype(first.dtype), *parts] if self.before else parts, 1)
 
   def _embed(self, tokens: Int[Array, 'b n'], slot: Int[Array, 'n'],
              order: Int[Array, 'b l'] | None = None) -> Float[Array, 'b n c']:
@@ -367,8 +420,10 @@ class Autoregressive(Generator):
 
   def _modulation(self, label: Int[Array, 'b'], slot: Int[Array, 'n']
                   ) -> Float[Array, 'b n c'] | None:
-    """What adaLN is given in the numbered slots, 0 the first."""
-    return None if self.slot is None else self.label(label)[:, None] + self.slot(slot)
+    """What adaLN is given in the numbered slots, 0 that of the label; text has the same as that."""
+    if self.slot is None:
+      return None
+    return self.label(label)[:, None] + self.slot(jnp.maximum(slot, 0))
 
   def _raster(self, size: int) -> Int[Array, 'b l']:
     return jnp.broadcast_to(jnp.arange(self.flat.length), (size, self.flat.length))
@@ -399,10 +454,24 @@ class Autoregressive(Generator):
     """Coordinates of the slots: the origin for the prefix, then those of the codes but the last."""
     axes = self.transformer.axes
     places = self.flat.coordinates() if axes > 1 else jnp.arange(self.flat.length)[:, None]
-    return jnp.concatenate([jnp.zeros_like(places[:1]), jnp.asarray(places[:-1])])
+    return jnp.pad(jnp.asarray(places[:-1]), [(self.before + 1, 0), (0, 0)])
 
   def _valid(self, tokens: Int[Array, 'b n']) -> Array:
     return self.flat.valid(tokens[..., None])[..., 0]
+
+
+def _text(config: AutoregressiveConfig, rngs: nnx.Rngs) -> Text | None:
+  """The reader of text, as tokens or as a memory."""
+  body = config.transformer
+  if config.text is None:
+    if body.memory:
+      raise ValueError(f'memory={body.memory} is for text; give the generator text, or leave it 0.')
+    return None
+  text = Text(config.text, prefix=None if body.memory else body.width, dtype=body.dtype, rngs=rngs)
+  if body.memory not in (0, text.width):
+    raise ValueError(f'memory={body.memory} must be {text.width}, the width of the features of '
+                     'text, or 0, for a prefix.')
+  return text
 
 
 def _check_anneal(config: AutoregressiveConfig, spec: TokenSpec) -> None:

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smalti.evaluation import agreement, codes, features, memorization
+from smalti.data.captions import CaptionsConfig
+from smalti.evaluation import agreement, captions, codes, features, memorization
 from smalti.evaluation.manifest import Score, read_file, write_scores
 from smalti.evaluation.perceptual import Net
 from smalti.launch import cli, run as runs, state as states
@@ -30,6 +31,7 @@ from smalti.launch.judge import (
     Accumulation,
     Judge,
     accumulate,
+    extractor_of,
     judge_of_file,
     open_judge,
     references,
@@ -37,7 +39,14 @@ from smalti.launch.judge import (
 )
 from smalti.launch.progress import say, track
 from smalti.launch.reconstruct import encoded, settings_of
-from smalti.launch.sample import Sampler, Samples, in_turn, resolve_settings
+from smalti.launch.sample import (
+    TEXT,
+    Sampler,
+    Samples,
+    captions as captions_of,
+    in_turn,
+    resolve_settings,
+)
 from smalti.launch.scores import Scores
 
 LARGEST = 20_000  # real images read for baselines and judges
@@ -47,9 +56,10 @@ SMALL = 4096  # values of an image that a support vector machine judges
 
 @dataclasses.dataclass
 class Split:
-  """Real examples of one split, in memory: images, labels or None."""
+  """Real examples of one split, in memory: images, labels or None, what captions say or nothing."""
   images: np.ndarray
   labels: np.ndarray | None
+  texts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def read(cls, data: Any, split: str) -> 'Split':
@@ -59,7 +69,8 @@ class Split:
     if 'image' not in rows:
       raise ValueError(f'{type(data).__name__} holds no images to compare with; '
                        'evaluate with --data=CONFIG, whose data has.')
-    return cls(rows['image'], rows.get('label'))
+    return cls(rows['image'], rows.get('label'),
+               {name: rows[name] for name in (*TEXT, 'claims') if name in rows})
 
   @property
   def fingerprint(self) -> str:
@@ -71,18 +82,21 @@ def tokenize(tokenizer: runs.Loaded, images: np.ndarray, batch_size: int = 256) 
                          for i in range(0, len(images), batch_size)])
 
 
-def bits_per_token(loaded: runs.Loaded, tokens: np.ndarray, labels: np.ndarray | None,
-                   *, key: jax.Array, batch_size: int = 256) -> tuple[float, float, str]:
-  """(mean bits per valid token, its standard error over examples, 'exact' or 'bound')."""
+def bits_per_token(loaded: runs.Loaded, tokens: np.ndarray, given: dict[str, np.ndarray], *,
+                   key: jax.Array, batch_size: int = 256) -> tuple[float, float, str]:
+  """(mean bits per valid token, its standard error over examples, 'exact' or 'bound').
+
+  Args:
+    given: the entries of the batch beside `tokens`: `label`, or `text` and `text_mask`.
+  """
   exact = hasattr(loaded.model, 'log_prob')
   # one compiled function per kind, so that all batches but the last share a program
   function = jax.jit(lambda model, batch, key: (
       model.log_prob(batch) if exact else model.elbo(batch, key=key)))
   nats = []
   for i in range(0, len(tokens), batch_size):
-    batch = {'tokens': jnp.asarray(tokens[i:i + batch_size])}
-    if labels is not None:
-      batch['label'] = jnp.asarray(labels[i:i + batch_size])
+    batch = {name: jnp.asarray(rows[i:i + batch_size])
+             for name, rows in {'tokens': tokens, **given}.items()}
     nats.append(np.asarray(function(loaded.model, batch, jax.random.fold_in(key, i)), np.float64))
   valid = np.asarray(loaded.spec.valid(tokens)).sum((1, 2))
   bits = -np.concatenate(nats) / np.log(2)
@@ -95,13 +109,11 @@ def evaluate_generator(loaded: runs.Loaded, tokenizer: runs.Loaded, scores: Scor
                        train: Split, held_out: Split, samples: Samples, *, seed: int) -> None:
   """Likelihood on real tokens, then everything `evaluate_samples` says, then copies."""
   real = tokenize(tokenizer, train.images), tokenize(tokenizer, held_out.images)
-  conditional = getattr(loaded.config, 'classes', 0) > 0
   key = states.stream(seed, 'eval')
   unigram = codes.unigram_bits(loaded.spec, *real)
   positional = codes.unigram_bits(loaded.spec, *real, positional=True)
   for name, tokens, split in zip(('train', 'held_out'), real, (train, held_out)):
-    bits, error, kind = bits_per_token(
-        loaded, tokens, split.labels if conditional else None, key=key)
+    bits, error, kind = bits_per_token(loaded, tokens, _given(loaded, split), key=key)
     scores.add(f'bits_per_token_{name}', bits, unit='bits per token', higher=False, likelihood=kind,
                samples=len(tokens), reference=split.fingerprint, reference_samples=len(tokens),
                standard_error=error, unigram=unigram, positional_unigram=positional)
@@ -109,6 +121,35 @@ def evaluate_generator(loaded: runs.Loaded, tokenizer: runs.Loaded, scores: Scor
   scores.add('copies', copied.share, unit='share', higher=False, samples=copied.samples,
              distinct=copied.distinct, held_out=copied.held_out_share,
              reference=train.fingerprint, reference_samples=len(train.images))
+
+
+def _given(loaded: runs.Loaded, split: Split) -> dict[str, np.ndarray]:
+  """What the generator reads of real examples."""
+  given = {} if getattr(loaded.config, 'text', None) is None else {
+      name: split.texts[name] for name in TEXT}
+  if getattr(loaded.config, 'classes', 0) and split.labels is not None:
+    given['label'] = split.labels
+  return given
+
+
+def evaluate_captions(scores: Scores, data: Any, folder: pathlib.Path, images: np.ndarray,
+                      texts: dict[str, np.ndarray] | None, held_out: Split) -> None:
+  """Whether samples show what their captions claim, where the data know what captions claim."""
+  if not isinstance(data, CaptionsConfig) or texts is None or 'claims' not in texts:
+    return
+  shape = images.shape[1] // 2, images.shape[2] // 2, images.shape[3]
+  extractor = extractor_of(data.digits, folder, shape)
+  found = captions.caption_agreement(
+      (images, texts['claims'][:len(images)]), (held_out.images, held_out.texts['claims']),
+      lambda cells: np.asarray(extractor(cells)['logits']).argmax(-1))
+  kinds: dict[str, Any] = {k: v for k, v in found.per_kind.items() if v is not None}
+  common: dict[str, Any] = dict(
+      unit='share', higher=True, samples=found.samples, extractor=extractor,
+      reference=held_out.fingerprint, reference_samples=found.held_out)
+  scores.add('caption_agreement', found.agreement, shuffled=found.shuffled, chance=found.chance,
+             real=found.real, **kinds, **common)
+  scores.add('whole_captions', found.whole, shuffled=found.shuffled_whole,
+             chance=found.chance_whole, real=found.real_whole, **common)
 
 
 def evaluate_samples(scores: Scores, judge: Judge, images: np.ndarray, labels: np.ndarray | None,
@@ -145,9 +186,9 @@ def sample(loaded: runs.Loaded, codec: runs.Loaded, judge: Judge, *, n: int, see
       images.append(np.asarray(batch.images)[rows])
       held += len(images[-1])
     accumulation.nfe = nfe = batch.nfe
-  labels = in_turn(loaded, n)
+  labels, texts = in_turn(loaded, n), captions_of(loaded, n)
   shown = np.concatenate(images)[:KEPT]
-  samples = Samples(np.concatenate(tokens), shown, labels, nfe)
+  samples = Samples(np.concatenate(tokens), shown, labels, nfe, texts)
   return samples, accumulation
 
 
@@ -197,6 +238,7 @@ def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = N
     scores.add_judged(judge, accumulation.finish(), accumulation)
     evaluate_samples(scores, judge, samples.images, _first(samples.labels, samples.images), train,
                      held_out)
+    evaluate_captions(scores, real, kept, samples.images, samples.texts, held_out)
     request |= {'n': n, 'seed': seed, 'settings': settings or {}, 'batch_size': batch_size,
                 'tokenizer': tokenizer}
   else:

@@ -17,7 +17,7 @@ from smalti.evaluation.files import whole
 from smalti.launch import run as runs
 from smalti.launch.exits import Preempted
 from smalti.launch.progress import say, track
-from smalti.launch.sample import Sampler, in_turn
+from smalti.launch.sample import Sampler, captions, in_turn
 from smalti.launch.signals import Preemption
 
 JOB, INDEX = 'job.json', 'index.json'
@@ -25,13 +25,14 @@ JOB, INDEX = 'job.json', 'index.json'
 
 def run(generator: runs.Loaded, tokenizer: runs.Loaded, folder: pathlib.Path, item: dict, *,
         settings: Any, labels: np.ndarray | None, batch_size: int, size: int, worker: int = 0,
-        workers: int = 1) -> bool:
+        workers: int = 1, texts: dict[str, np.ndarray] | None = None) -> bool:
   """Draws this worker's parts that are not there; whether the whole job is done.
 
   Args:
     item: `sample.record` of the job: its n and seed say what is drawn.
     labels: int32[n]; None takes the classes in turn, where the generator has any.
     size: examples of a part, rounded up to whole batches.
+    texts: as of `sample.captions`.
 
   Raises:
     ValueError: the folder holds another job.
@@ -43,6 +44,9 @@ def run(generator: runs.Loaded, tokenizer: runs.Loaded, folder: pathlib.Path, it
   size = each * sampler.batch_size
   labels = in_turn(generator, n) if labels is None else labels
   job = {**item, 'size': size, 'labels': None if labels is None else _sha256(labels.tobytes())}
+  texts = captions(generator, n) if texts is None else texts
+  if texts is not None:
+    job['texts'] = _sha256(b''.join(np.ascontiguousarray(x).tobytes() for x in texts.values()))
   job = json.loads(json.dumps(job))
   _begin(folder, job)
   parts = -(-n // size)
@@ -55,7 +59,8 @@ def run(generator: runs.Loaded, tokenizer: runs.Loaded, folder: pathlib.Path, it
       drawn: dict[str, list] = {'arr_0': [], 'tokens': [], 'index': []}
       for batch in sampler.batches(
           *placed, n=stop, seed=seed, settings=settings, start=i * each,
-          labels=None if labels is None else labels[:stop]):
+          labels=None if labels is None else labels[:stop],
+          texts=texts and {name: rows[:stop] for name, rows in texts.items()}):
         if preemption.requested:
           raise Preempted(f'Preempted in part {i}; run the same command to go on.')
         real = batch.index >= 0
@@ -64,6 +69,7 @@ def run(generator: runs.Loaded, tokenizer: runs.Loaded, folder: pathlib.Path, it
       arrays: Any = {name: np.concatenate(rows) for name, rows in drawn.items()}
       if labels is not None:
         arrays['arr_1'] = labels[arrays['index']]
+      arrays |= {name: rows[arrays['index']] for name, rows in (texts or {}).items()}
       with whole(part(folder, i)) as file:
         np.savez(file, **arrays)
   return _finish(folder, job, parts)

@@ -37,6 +37,8 @@ ACTIVATIONS: dict[str, Any] = {
 Rotations = tuple[Float[Array, '... p'], Float[Array, '... p']]
 Entries = Float[Array, 'b k t f'] | Int8
 Cache = list[tuple[Entries, Entries]]
+Memory = tuple[Float[Array, 'b s w'], Bool[Array, 'b s']]  # vectors, and which may be attended to
+Memories = list[tuple[Float[Array, 'b j s f'], Float[Array, 'b j s f'], Bool[Array, 'b s']]]
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -58,6 +60,8 @@ class TransformerConfig:
     modulated: adaLN-zero from a vector [b, width] (arXiv 2212.09748); norms then have no gain.
     streams: lengths of consecutive stretches of positions whose blocks have a modulation each
       (FlexTok: patches and registers); () is one for all positions.
+    memory: width of vectors that every block attends to after itself, by cross-attention (Vaswani
+      et al. 2017, arXiv 1706.03762, section 3.2.3); 0 is none.
     remat: recompute blocks in the backward pass (2-3 % slower, a fifth of the memory).
   """
   layers: int
@@ -75,24 +79,29 @@ class TransformerConfig:
   modulated: bool = False
   streams: tuple[int, ...] = ()
   dropout: float = 0.0
+  memory: int = 0
   remat: bool = True
   dtype: Literal['float32', 'bfloat16'] = 'float32'
 
 
-class Attention(nnx.Module):
-  """Grouped-query self-attention, heads first: [b, k, n, f]."""
+class Heads(nnx.Module):
+  """The maps of grouped-query attention from x to what is `source` wide, heads first."""
 
-  def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: TransformerConfig, source: int, *, rngs: nnx.Rngs):
     width, heads, features = config.width, config.heads, config.width // config.heads
     kv_heads = config.kv_heads or heads
-    whole, shared = std(config, width, width), std(config, width, kv_heads * features)
+    whole, shared = std(config, width, width), std(config, source, kv_heads * features)
     options: Any = dict(dtype=config.dtype, rngs=rngs)
     self.query = Linear(width, (heads, features), bias=config.qkv_bias, std=whole, **options)
     self.key_value = Linear(
-        width, (2, kv_heads, features), bias=config.qkv_bias, std=shared, **options)
+        source, (2, kv_heads, features), bias=config.qkv_bias, std=shared, **options)
     self.out = Linear((heads, features), width, bias=config.bias, std=whole, **options)
     self.query_norm = norm(config, features) if config.qk_norm else None
     self.key_norm = norm(config, features) if config.qk_norm else None
+
+
+class Attention(Heads):
+  """Grouped-query self-attention: [b, k, n, f]."""
 
   def __call__(self, x: Float[Array, 'b n c'], *, table: Any, causal: bool, mask: Array | None,
                cache: Any = None, index: Array | None = None) -> tuple[Array, Any]:
@@ -110,14 +119,49 @@ class Attention(nnx.Module):
     return self.out(jnp.swapaxes(y, 1, 2)), cache
 
 
+class CrossAttention(Heads):
+  """Grouped-query attention to a memory, whose keys and values are read once: no positions."""
+
+  def read(self, vectors: Float[Array, 'b t c']) -> tuple[Array, Array]:
+    """Keys and values of a memory, heads first: [b, k, t, f]."""
+    key, value = (jnp.swapaxes(y, 1, 2) for y in jnp.moveaxis(self.key_value(vectors), 2, 0))
+    key = key if self.key_norm is None else self.key_norm(key)
+    return constrain(key, 'b k t f'), constrain(value, 'b k t f')
+
+  def __call__(self, x: Float[Array, 'b n c'], key: Array, value: Array, mask: Bool[Array, 'b t']
+               ) -> Float[Array, 'b n c']:
+    query = jnp.swapaxes(self.query(x), 1, 2)
+    query = query if self.query_norm is None else self.query_norm(query)
+    seen = jnp.broadcast_to(mask[:, None, None], (len(mask), 1, x.shape[1], mask.shape[1]))
+    y = attend(constrain(query, 'b k n f'), key, value, causal=False, mask=seen)
+    return self.out(jnp.swapaxes(y, 1, 2))
+
+
+class Cross(nnx.Module):
+  """attention(norm(x), memory): what a block adds between self-attention and the MLP."""
+
+  def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    self.norm = norm(config, config.width)
+    self.attention = CrossAttention(config, config.memory, rngs=rngs)
+
+  def __call__(self, x: Float[Array, 'b n c'], memory: tuple[Array, Array, Array]
+               ) -> Float[Array, 'b n c']:
+    return self.attention(self.norm(x), *memory)
+
+
 class Block(nnx.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)); adaLN-zero where modulated."""
+  """x + attention(norm(x)), then x + mlp(norm(x)); adaLN-zero where modulated.
+
+  With a memory, x + attention(norm(x), memory) comes between; it is not modulated (PixArt-alpha,
+  arXiv 2310.00426, section 2.3).
+  """
 
   def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
     width, hidden = config.width, hidden_size(config)
     inside = std(config, width, hidden)
     self.attention_norm = norm(config, width, gain=not config.modulated)
-    self.attention = Attention(config, rngs=rngs)
+    self.attention = Attention(config, config.width, rngs=rngs)
+    self.cross = Cross(config, rngs=rngs) if config.memory else None
     self.mlp_norm = norm(config, width, gain=not config.modulated)
     options: Any = dict(bias=config.bias, std=inside, dtype=config.dtype, rngs=rngs)
     if config.mlp == 'swiglu':
@@ -133,7 +177,8 @@ class Block(nnx.Module):
     self.dropout = config.dropout
 
   def __call__(self, x: Float[Array, 'b n c'], *, modulation: Array | None = None,
-               key: Array | None = None, **attention: Any) -> tuple[Array, Any]:
+               key: Array | None = None, memory: tuple[Array, Array, Array] | None = None,
+               **attention: Any) -> tuple[Array, Any]:
     keys = (None, None) if key is None else jax.random.split(key)
     gate_a: Any
     gate_m: Any
@@ -147,6 +192,9 @@ class Block(nnx.Module):
     y = modulate(self.attention_norm(x), shift_a, scale_a)
     y, cache = self.attention(y, **attention)
     x = constrain(x + gate_a * dropout(y, self.dropout, keys[0]), 'b n c')
+    if self.cross is not None:
+      between = None if key is None else jax.random.fold_in(key, 2)
+      x = constrain(x + dropout(self.cross(x, memory), self.dropout, between), 'b n c')
     y = modulate(self.mlp_norm(x), shift_m, scale_m)
     if self.mlp == 'swiglu':
       gate, up = jnp.moveaxis(self.gate_up(y), -2, 0)
@@ -175,6 +223,7 @@ class Transformer(nnx.Module):
     self.layers, self.axes, self.modulated = config.layers, config.axes, config.modulated
     self.kv_heads, self.features = config.kv_heads or config.heads, config.width // config.heads
     self.dropout, self.remat, self.dtype = config.dropout, config.remat, config.dtype
+    self.memory = config.memory
 
     @nnx.split_rngs(splits=config.layers)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -189,8 +238,8 @@ class Transformer(nnx.Module):
   def __call__(self, x: Float[Array, 'b n c'], *,
                positions: Int[Array, '... n a'] | Rotations | None = None, causal: bool = False,
                mask: Bool[Array, 'b n'] | Bool[Array, '#b 1 n n'] | None = None,
-               modulation: Float[Array, 'b *slots c'] | None = None, key: Array | None = None,
-               train: bool = False) -> Float[Array, 'b n c']:
+               modulation: Float[Array, 'b *slots c'] | None = None, memory: Memory | None = None,
+               key: Array | None = None, train: bool = False) -> Float[Array, 'b n c']:
     """All positions at once.
 
     Args:
@@ -201,9 +250,12 @@ class Transformer(nnx.Module):
         which keys (last) every query sees, as it is.
       modulation: the condition vector of adaLN, of an example or of each of its positions, needed
         if and only if the config is modulated.
+      memory: vectors of the config's width `memory` and which of them may be attended to, one or
+        more per row.
       key: for dropout, needed to train with it.
     """
     self._check_modulation(modulation)
+    self._check_memory(memory)
     if train and self.dropout and key is None:
       raise ValueError(f'Training with dropout={self.dropout} needs a key.')
     key = key if train and self.dropout else None
@@ -212,8 +264,10 @@ class Transformer(nnx.Module):
 
     def body(x, layer):
       params, i = layer
-      x, _ = nnx.merge(graph, params)(
+      block = nnx.merge(graph, params)
+      x, _ = block(
           x, modulation=modulation, key=None if key is None else jax.random.fold_in(key, i),
+          memory=memory and (*block.cross.attention.read(memory[0]), memory[1]),
           table=table, causal=causal, mask=mask)
       return x, None
 
@@ -225,7 +279,8 @@ class Transformer(nnx.Module):
 
   def hidden(self, x: Float[Array, 'b n c'], *, blocks: tuple[int, ...],
              positions: Int[Array, '... n a'] | Rotations | None = None, causal: bool = False,
-             modulation: Float[Array, 'b *slots c'] | None = None) -> list[Float[Array, 'b n c']]:
+             modulation: Float[Array, 'b *slots c'] | None = None, memory: Memory | None = None
+             ) -> list[Float[Array, 'b n c']]:
     """The residual stream after the numbered blocks, 1 the first; no later ones are computed.
 
     Raises:
@@ -235,8 +290,9 @@ class Transformer(nnx.Module):
       raise ValueError(f'{blocks=} must be some of 1..{self.layers}.')
     self._check_modulation(modulation)
     table, x, states = self.rotations(positions), constrain(x.astype(self.dtype), 'b n c'), {}
-    for i, block in enumerate(self.unstack()[:max(blocks)], 1):
-      x, _ = block(x, modulation=modulation, table=table, causal=causal, mask=None)
+    layers = self.unstack()[:max(blocks)]
+    for i, (block, read) in enumerate(zip(layers, self.read(memory, layers)), 1):
+      x, _ = block(x, modulation=modulation, memory=read, table=table, causal=causal, mask=None)
       states[i] = x
     return [states[i] for i in blocks]
 
@@ -270,24 +326,35 @@ class Transformer(nnx.Module):
     return [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], params))
             for i in range(self.layers)]
 
+  def read(self, memory: Memory | None, layers: list[Block]) -> Memories | list[None]:
+    """What each of the `layers` attends to; read it once, outside the token loop."""
+    self._check_memory(memory)
+    if memory is None:
+      return [None] * len(layers)
+    return [(*block.cross.attention.read(memory[0]), memory[1]) for block in layers]
+
   def extend(self, x: Float[Array, 'b m c'], cache: Cache, *,
              positions: Int[Array, '... m a'] | Rotations | None = None,
              index: Int[Array, '...'] | int = 0, mask: Bool[Array, 'b t'] | None = None,
-             modulation: Float[Array, 'b *slots c'] | None = None, layers: list[Block] | None = None
-             ) -> tuple[Float[Array, 'b m c'], Cache]:
+             modulation: Float[Array, 'b *slots c'] | None = None,
+             layers: list[Block] | None = None,
+             memories: Memories | list[None] | None = None) -> tuple[Float[Array, 'b m c'], Cache]:
     """Causal decoding: writes m entries at `index` and attends to all entries up to its own.
 
     Args:
       index: where the m entries go, one place for all rows or one per row (ragged prefixes).
       mask: which cache entries may be attended to; each may always attend to itself.
       layers: `unstack()`, sliced once.
+      memories: `read(memory, layers)`, where there is a memory.
     """
     self._check_modulation(modulation)
+    layers = self.unstack() if layers is None else layers
+    memories = self.read(None, layers) if memories is None else memories
     table, x = self.rotations(positions), constrain(x.astype(self.dtype), 'b n c')
     written = []
-    for block, entry in zip(self.unstack() if layers is None else layers, cache, strict=True):
-      x, entry = block(x, modulation=modulation, table=table, causal=True, mask=mask, cache=entry,
-                       index=jnp.asarray(index))
+    for block, entry, read in zip(layers, cache, memories, strict=True):
+      x, entry = block(x, modulation=modulation, memory=read, table=table, causal=True, mask=mask,
+                       cache=entry, index=jnp.asarray(index))
       written.append(entry)
     return self._last(x, modulation), written
 
@@ -315,6 +382,12 @@ class Transformer(nnx.Module):
       raise ValueError(
           f'modulated={self.modulated} does not go with modulation='
           f'{"None" if modulation is None else "an array"}.')
+
+  def _check_memory(self, memory: Memory | None) -> None:
+    width = 0 if memory is None else memory[0].shape[-1]
+    if width != self.memory:
+      raise ValueError(f'A memory of width {width} (0 is none) does not go with '
+                       f'memory={self.memory} of the config.')
 
 
 def _over_slots(y: Float[Array, '...']) -> Float[Array, 'b _n m']:

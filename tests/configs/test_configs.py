@@ -116,14 +116,17 @@ def pictures(tmp_path_factory):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_debug_trains_two_steps(name, tokenizer_runs, pictures, tmp_path):
+  from smalti.data.captions import CaptionsConfig
   from smalti.data.digits import DigitsConfig
   from smalti.data.factors import Shapes3DLikeConfig
   from smalti.data.folder import FolderConfig
   experiment = on_one_device(config(name, 'debug'))
-  if not isinstance(experiment.data, (DigitsConfig, Shapes3DLikeConfig)):
+  if not isinstance(experiment.data, (CaptionsConfig, DigitsConfig, Shapes3DLikeConfig)):
     # the data sets of published configs are not here: the same shapes from a folder
     experiment.data = FolderConfig(path=str(pictures), size=experiment.data.size)
-  if isinstance(experiment.model, GeneratorConfig):
+  if isinstance(experiment.data, CaptionsConfig):  # its text is needed, and so its tokenizer
+    experiment.tokenizer = experiment.tokenizer and str(tokenizer_runs('captions_vq'))
+  elif isinstance(experiment.model, GeneratorConfig):
     experiment.tokenizer = str(tokenizer_runs(
         'digits_bits' if experiment.published.spec.vocab[0] == 2 else 'digits_vq'))
     if not isinstance(experiment.data, DigitsConfig):
