@@ -22,9 +22,9 @@ from smalti.tokenizers.spec import TokenSpec
 SIZES = {
     'debug': dict(layers=1, width=32, heads=2, reader=1, memory=32, steps=2, batch_size=8,
                   held_out=16),
-    'base': dict(layers=3, width=96, heads=4, reader=2, memory=64, steps=1600, batch_size=64,
+    'base': dict(layers=3, width=64, heads=4, reader=2, memory=48, steps=1500, batch_size=64,
                  held_out=1000),
-    'prefix': dict(layers=3, width=96, heads=4, reader=2, memory=None, steps=1600, batch_size=64,
+    'prefix': dict(layers=3, width=64, heads=4, reader=2, memory=None, steps=1500, batch_size=64,
                    held_out=1000),
 }
 
@@ -32,7 +32,7 @@ SIZES = {
 def get_config(size: str = 'base') -> Experiment:
   options = SIZES[size]
   reader = ByteEncoderConfig(transformer=TransformerConfig(
-      layers=options['reader'], width=options['memory'] or 64, heads=2, remat=False))
+      layers=options['reader'], width=options['memory'] or 48, heads=2, remat=False))
   return Experiment(
       model=AutoregressiveConfig(
           text=TextConfig(length=LONGEST, encoder=reader),
@@ -45,8 +45,8 @@ def get_config(size: str = 'base') -> Experiment:
       batch_size=options['batch_size'],
       optimizer=OptimizerConfig(rate=2e-3, warmup=100, weight_decay=0.05),
       ema=0.99,
-      checkpoint=CheckpointConfig(every=400),
+      checkpoint=CheckpointConfig(every=500),
       log=LogConfig(every=50),
-      eval=EvalConfig(every=400),
+      eval=EvalConfig(every=500),
       published=Published(source='our own size for canvases of 16 x 16 pixels',
-                          spec=TokenSpec(grid=(8, 8), vocab=(32,))))
+                          spec=TokenSpec(grid=(4, 4), vocab=(128,))))

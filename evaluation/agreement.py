@@ -5,6 +5,7 @@ on real held-out images is returned beside; agreement above it means samples eas
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -43,18 +44,24 @@ def class_agreement(samples: tuple[Images, Labels], train: tuple[Images, Labels]
   Raises:
     ValueError: fewer than two classes, or too many training images for a support vector machine.
   """
+  judge, classes = fit(train), np.unique(train[1])
+  right = judge(samples[0]) == samples[1]
+  per_class = {int(c): float(right[samples[1] == c].mean()) if (samples[1] == c).any() else None
+               for c in classes}
+  return Agreement(float(right.mean()), per_class,
+                   float((judge(held_out[0]) == held_out[1]).mean()),
+                   len(samples[0]), len(train[0]), len(held_out[0]))
+
+
+def fit(train: tuple[Images, Labels]) -> Callable[[Images], Labels]:
+  """The judge: labels of images, by a machine fitted on `train`. Raises as above."""
   classes = np.unique(train[1])
   if len(classes) < 2:
     raise ValueError(f'The training labels hold {len(classes)} class; a judge needs two or more.')
   if len(train[0]) > LARGEST:
     raise ValueError(f'{len(train[0])} training images; pass a slice of {LARGEST} or fewer.')
-  judge = SVC(C=10, gamma='scale').fit(_flat(train[0]), train[1])
-  right = judge.predict(_flat(samples[0])) == samples[1]
-  per_class = {int(c): float(right[samples[1] == c].mean()) if (samples[1] == c).any() else None
-               for c in classes}
-  return Agreement(float(right.mean()), per_class,
-                   float(judge.score(_flat(held_out[0]), held_out[1])),
-                   len(samples[0]), len(train[0]), len(held_out[0]))
+  machine = SVC(C=10, gamma='scale').fit(_flat(train[0]), train[1])
+  return lambda images: machine.predict(_flat(images))
 
 
 def _flat(images: Images) -> np.ndarray:

@@ -15,6 +15,7 @@ always real; LlamaGen's is the last slot of the text, for which it pads on the l
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -253,12 +254,12 @@ class Autoregressive(Generator):
           layers=layers, memories=memories, mask=None if real is None else real[:, :read],
           modulation=self._modulation(label, jnp.arange(-before, prefill)))
 
-    def step(state):
+    def step(state, end):
       i, x, cache, tokens, done, log_prob, seen = state
       slot = before + i
       y, cache = self.transformer.extend(
           x, cache, index=slot, layers=layers, memories=memories,
-          mask=None if real is None else real[:, :cache[0][0].shape[2]],
+          mask=None if real is None else real[:, :before + end],
           modulation=self._modulation(label, i[None]),
           positions=jax.tree.map(lambda r: jax.lax.dynamic_slice_in_dim(r, slot, 1), rotations))
       logits = constrain(self.head(y)[:, 0], 'b c')  # all columns on every device, to truncate
@@ -300,7 +301,7 @@ class Autoregressive(Generator):
       def unfinished(state, end=end):  # nothing is left to do once every row has its EOS
         return (state[0] < end) & ~jnp.all(state[4])
 
-      state = jax.lax.while_loop(unfinished, step, state)
+      state = jax.lax.while_loop(unfinished, functools.partial(step, end=end), state)
     last, _, _, tokens, _, log_prob, _ = state
     if self.flat.eos is not None:
       tokens = self.flat.canonical(tokens[..., None])[..., 0]

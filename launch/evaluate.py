@@ -22,7 +22,7 @@ from smalti.data.captions import CaptionsConfig
 from smalti.evaluation import agreement, captions, codes, features, memorization
 from smalti.evaluation.manifest import Score, read_file, write_scores
 from smalti.evaluation.perceptual import Net
-from smalti.launch import cli, run as runs, state as states
+from smalti.launch import cli, extractors, run as runs, state as states
 from smalti.launch.fidelity import tokenizer_scores
 from smalti.launch.gallery import open_gallery
 from smalti.launch.judge import (
@@ -31,7 +31,6 @@ from smalti.launch.judge import (
     Accumulation,
     Judge,
     accumulate,
-    extractor_of,
     judge_of_file,
     open_judge,
     references,
@@ -132,20 +131,29 @@ def _given(loaded: runs.Loaded, split: Split) -> dict[str, np.ndarray]:
   return given
 
 
-def evaluate_captions(scores: Scores, data: Any, folder: pathlib.Path, images: np.ndarray,
+def evaluate_captions(scores: Scores, data: Any, images: np.ndarray,
                       texts: dict[str, np.ndarray] | None, held_out: Split) -> None:
-  """Whether samples show what their captions claim, where the data know what captions claim."""
+  """Whether samples show what their captions claim, where the data know what captions claim.
+
+  Digits are read by the extractor for images of one, where it knows classes, or the judge of class
+  agreement, fitted on real ones.
+  """
   if not isinstance(data, CaptionsConfig) or texts is None or 'claims' not in texts:
     return
-  shape = images.shape[1] // 2, images.shape[2] // 2, images.shape[3]
-  extractor = extractor_of(data.digits, folder, shape)
+  name = extractors.default_for((images.shape[1] // 2, images.shape[2] // 2, images.shape[3]))
+  network = extractors.load(name) if name else None
+  if network is not None:
+    read = lambda cells: np.asarray(network(cells)['logits']).argmax(-1)  # noqa: E731
+  else:
+    digits = Split.read(data.digits, 'train')
+    read = agreement.fit((digits.images, digits.labels))
   found = captions.caption_agreement(
-      (images, texts['claims'][:len(images)]), (held_out.images, held_out.texts['claims']),
-      lambda cells: np.asarray(extractor(cells)['logits']).argmax(-1))
+      (images, texts['claims'][:len(images)]), (held_out.images, held_out.texts['claims']), read)
   kinds: dict[str, Any] = {k: v for k, v in found.per_kind.items() if v is not None}
   common: dict[str, Any] = dict(
-      unit='share', higher=True, samples=found.samples, extractor=extractor,
-      reference=held_out.fingerprint, reference_samples=found.held_out)
+      unit='share', higher=True, samples=found.samples, extractor=network,
+      judge=network.name if network else 'svc_rbf_c10', reference=held_out.fingerprint,
+      reference_samples=found.held_out)
   scores.add('caption_agreement', found.agreement, shuffled=found.shuffled, chance=found.chance,
              real=found.real, **kinds, **common)
   scores.add('whole_captions', found.whole, shuffled=found.shuffled_whole,
@@ -238,7 +246,7 @@ def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = N
     scores.add_judged(judge, accumulation.finish(), accumulation)
     evaluate_samples(scores, judge, samples.images, _first(samples.labels, samples.images), train,
                      held_out)
-    evaluate_captions(scores, real, kept, samples.images, samples.texts, held_out)
+    evaluate_captions(scores, real, samples.images, samples.texts, held_out)
     request |= {'n': n, 'seed': seed, 'settings': settings or {}, 'batch_size': batch_size,
                 'tokenizer': tokenizer}
   else:

@@ -178,7 +178,9 @@ def open_judge(data: Any, folder: pathlib.Path, *, n: int, extractor: str | None
   """
   source = data.open('train')
   shape = _shape(source)
-  network = extractor_of(data, folder, shape, extractor=extractor, weights=weights)
+  chosen = extractor or extractors.default_for(shape)
+  network: Any = extractors.load(
+      chosen, shape=shape, weights=weights) if chosen else _fitted(data, shape, folder)
   networks = [network, network.random(0)]
   held = data.open('eval')
   real = [_summaries(networks, source, data, 'train', len(source), folder),
@@ -187,14 +189,6 @@ def open_judge(data: Any, folder: pathlib.Path, *, n: int, extractor: str | None
     real[0][0] = _read(reference, network)
   return Judge(networks, real[0], real[1], shape,
                _accuracy(network, held, min(n, len(held))), folder)
-
-
-def extractor_of(data: Any, folder: pathlib.Path, shape: tuple[int, int, int], *,
-                 extractor: str | None = None, weights: str | None = None) -> Any:
-  """The extractor of a name, or the one for such images, or one fitted on the data; as above."""
-  chosen = extractor or extractors.default_for(shape)
-  return extractors.load(
-      chosen, shape=shape, weights=weights) if chosen else _fitted(data, shape, folder)
 
 
 def judge_of_file(reference: pathlib.Path, extractor: str | None, shape: tuple[int, int, int],

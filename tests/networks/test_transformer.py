@@ -285,3 +285,24 @@ def test_hidden_states_are_the_stream_between_the_blocks(modulated):
   for blocks in ((), (0,), (4,)):
     with pytest.raises(ValueError, match='some of 1..3'):
       model.hidden(x, blocks=blocks, positions=places)
+
+
+@pytest.mark.parametrize('kv_heads, qk_norm', [(4, False), (2, True)])
+def test_cross_attention_equals_numpy(kv_heads, qk_norm):
+  """softmax(q k^T / sqrt(f)) v over the real vectors of the memory alone, head by head."""
+  config = dataclasses.replace(SMALL, memory=12, kv_heads=kv_heads, qk_norm=qk_norm)
+  attention = transformer.CrossAttention(config, config.memory, rngs=nnx.Rngs(0))
+  for linear in (attention.query, attention.key_value, attention.out):
+    linear.kernel[...] *= 10
+  x, memory = (np.asarray(jax.random.normal(jax.random.key(i), shape)) for i, shape in enumerate(
+      [(2, 5, 32), (2, 6, 12)]))
+  mask = np.array([[1, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1]], bool)
+  unit = lambda y: y / np.sqrt((y * y).mean(-1, keepdims=True) + 1e-5) if qk_norm else y  # noqa: E731
+  query = unit(np.einsum('bnc,ckf->bnkf', x, attention.query.kernel[...]))
+  key, value = np.einsum('btc,cikf->ibtkf', memory, attention.key_value.kernel[...])
+  key, value = (np.repeat(y, 4 // kv_heads, 2) for y in (unit(key), value))
+  score = np.exp(np.einsum('bnkf,btkf->bknt', query, key) / np.sqrt(8)) * mask[:, None, None]
+  mixed = np.einsum('bknt,btkf->bnkf', score / score.sum(-1, keepdims=True), value)
+  expected = np.einsum('bnkf,kfc->bnc', mixed, attention.out.kernel[...])
+  found = attention(jnp.asarray(x), *attention.read(jnp.asarray(memory)), jnp.asarray(mask))
+  np.testing.assert_allclose(found, expected, atol=1e-5)
