@@ -22,11 +22,12 @@ WAYS = ['prefix', 'memory']
 
 
 @functools.cache
-def build(way, kind='features', spec=SPEC, classes=0, anneal=None, axes=2, **transformer):
+def build(way, kind='features', spec=SPEC, classes=0, anneal=None, axes=2, slots=SLOTS,
+          **transformer):
   """A model with weights large enough that text decides much of its distribution."""
   body = TransformerConfig(layers=1, width=WIDTH, heads=2)
-  text = (TextConfig(length=SLOTS, width=WIDTH) if kind == 'features' else
-          TextConfig(length=SLOTS, encoder=ByteEncoderConfig(transformer=body)))
+  text = (TextConfig(length=slots, width=WIDTH) if kind == 'features' else
+          TextConfig(length=slots, encoder=ByteEncoderConfig(transformer=body)))
   config = AutoregressiveConfig(
       classes=classes, text=text, anneal=anneal, transformer=TransformerConfig(
           layers=2, width=32, heads=4, axes=axes, memory=WIDTH if way == 'memory' else 0,
@@ -92,6 +93,24 @@ def test_what_is_padded_is_never_read(way, kind):
   assert np.abs(log_prob(model, batch | real) - plain).min() > 1e-3
   drawn = [sample(model, 4, x).tokens for x in (given, changed)]
   np.testing.assert_array_equal(*drawn)
+
+
+@either
+@pytest.mark.parametrize('kind', ['features', 'bytes'])
+def test_padding_leaves_no_trace(way, kind):
+  """Slots that are masked might as well not be there: a model of as many slots as are real."""
+  model, given = build(way, kind), condition(4, kind)
+  short = build.__wrapped__(way, kind, slots=3)
+  graph, params = nnx.split(short)
+  null = params['text']['null']
+  params = nnx.state(model, nnx.Param)
+  params['text']['null'] = null
+  few = {'text': given['text'][:, :3], 'text_mask': jnp.ones((4, 3), bool)}
+  mask = jnp.broadcast_to(jnp.arange(SLOTS) < 3, (4, SLOTS))
+  tokens = codes(4)
+  np.testing.assert_allclose(
+      log_prob(model, {'tokens': tokens, 'text': given['text'], 'text_mask': mask}),
+      log_prob(nnx.merge(graph, params), {'tokens': tokens} | few), atol=1e-4)
 
 
 @either
