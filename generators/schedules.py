@@ -245,6 +245,27 @@ def remasking(name: Remask, grid: Grid, steps: int, strength: Float[Array, ''] |
   return reveal.at[-1].set(1.0), jnp.asarray(again, jnp.float32)
 
 
+def hidden(low: float, high: float, size: int
+           ) -> tuple[Float[np.ndarray, 'm'], Float[np.ndarray, 'm']]:
+  """How many of `size` tokens a rate t ~ U[low, high] hides: P(m), and E[1/t; m], m = 0..size.
+
+  The clipped rates of block diffusion (arXiv 2503.09573, section 5). The second over the first is
+  the mean of the linear schedule's weight 1/t given the count; over [0, 1] they are 1 / (size + 1)
+  and 1/m. Both integrands are polynomials in t, which Gauss-Legendre integrates exactly. E is 0
+  for m = 0, where nothing is hidden.
+  """
+  node, share = np.polynomial.legendre.leggauss(size // 2 + 1)
+  t = np.clip(low + (high - low) * (node + 1) / 2, 0, 1)[:, None]
+  m = np.arange(size + 1)
+  choose = np.array([math.lgamma(size + 1) - math.lgamma(k + 1) - math.lgamma(size - k + 1)
+                     for k in m])
+  with np.errstate(divide='ignore', invalid='ignore'):  # t = 1 hides all
+    log = choose + m * np.log(t) + np.where(m < size, (size - m) * np.log1p(-t), 0)
+  chance = share[:, None] / 2 * np.exp(log)
+  inverse = np.where(m > 0, chance / t, 0)
+  return chance.sum(0), inverse.sum(0)
+
+
 def kept(name: Kept, steps: int) -> Float[np.ndarray, 't']:
   """k_t at t = 0..steps of binary diffusion, float64: what of a bit is left; 1 to exactly 0.
 

@@ -335,15 +335,17 @@ class Transformer(nnx.Module):
 
   def extend(self, x: Float[Array, 'b m c'], cache: Cache, *,
              positions: Int[Array, '... m a'] | Rotations | None = None,
-             index: Int[Array, '...'] | int = 0, mask: Bool[Array, 'b t'] | None = None,
+             index: Int[Array, '...'] | int = 0,
+             mask: Bool[Array, 'b t'] | Bool[Array, '#b 1 m t'] | None = None,
              modulation: Float[Array, 'b *slots c'] | None = None,
              layers: list[Block] | None = None,
              memories: Memories | list[None] | None = None) -> tuple[Float[Array, 'b m c'], Cache]:
-    """Causal decoding: writes m entries at `index` and attends to all entries up to its own.
+    """Decoding: writes m entries at `index`, of which each attends to all up to itself.
 
     Args:
       index: where the m entries go, one place for all rows or one per row (ragged prefixes).
-      mask: which cache entries may be attended to; each may always attend to itself.
+      mask: which cache entries may be attended to; each may always attend to itself. Four axes
+        state which entries (last) every query sees, as it is, and nothing is causal.
       layers: `unstack()`, sliced once.
       memories: `read(memory, layers)`, where there is a memory.
     """
