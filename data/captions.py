@@ -20,7 +20,7 @@ from jaxtyping import Int, UInt8
 from smalti.data.digits import DigitsConfig
 from smalti.data.noise import noise
 from smalti.data.source import DataConfig, Source, Split
-from smalti.data.text import to_bytes
+from smalti.data.utf8 import to_bytes
 
 HELD_OUT = 8  # every so many combinations
 CANVAS, IMAGE, SAID = 1, 2, 3  # purposes of noise

@@ -18,7 +18,7 @@ import numpy as np
 
 import smalti
 from smalti.data.images import Refused, read_bytes
-from smalti.data.text import to_bytes
+from smalti.data.utf8 import to_bytes
 from smalti.generators.generator import example_keys
 from smalti.launch import cli, mesh as meshes, pictures, run as runs, state as states
 from smalti.launch.experiment import MeshConfig

@@ -77,9 +77,12 @@ class Job:
     started = bool(self.checkpoints.steps())
     self.source = experiment.data.open('train')
     self.held_out = experiment.data.open('eval')
-    self.tokenizer = _tokenizer(experiment, self.mesh)
+    self.tokenizer = _tokenizer(experiment, self.mesh, self.source)
     _check_tokens(self.source, self.tokenizer)
-    self.spec = self.tokenizer.spec if self.tokenizer else None
+    self.spec = self.fingerprint = None
+    if isinstance(experiment.model, GeneratorConfig):  # text is tokens without a tokenizer
+      origin: Any = self.source if self.tokenizer is None else self.tokenizer
+      self.spec, self.fingerprint = origin.spec, origin.fingerprint
     self.frozen = _frozen(experiment, self.tokenizer, self.mesh)
     for change in runs.open_workdir(workdir, experiment, started=started):
       say(f'config: {change}')
@@ -113,11 +116,11 @@ class Job:
     if found:
       step, state, item = found
       runs.check_format(item, self.workdir)
-      mark = self.tokenizer.fingerprint if self.tokenizer else None
-      if isinstance(experiment.model, GeneratorConfig) and item.get('fingerprint') != mark:
+      if item.get('fingerprint') != self.fingerprint:
         raise ValueError(
             f'{self.workdir} was trained on tokenizer {item.get("fingerprint")}, and '
-            f'{experiment.tokenizer} is {mark}; name the old one with --config.tokenizer=RUN@STEP.')
+            f'{experiment.tokenizer or "the data"} is {self.fingerprint}; name the old one with '
+            '--config.tokenizer=RUN@STEP.')
       say(f'resume: step {step}')
       return state
     with jax.set_mesh(self.mesh):
@@ -230,7 +233,7 @@ class Job:
         'format': runs.FORMAT, 'version': smalti.__version__,
         'config': redact(to_json(self.experiment)),
         'spec': spec and spec.to_json(),
-        'fingerprint': self.tokenizer.fingerprint if self.tokenizer else None,
+        'fingerprint': self.fingerprint,
         'metrics': metrics,
     }
     self.checkpoints.save(int(self.state['step']), self.state, item, metrics)
@@ -357,9 +360,12 @@ def _check_batch(experiment: Experiment, devices: int) -> None:
         f'{devices} x {experiment.accumulate}; the nearest is {nearest}.')
 
 
-def _tokenizer(experiment: Experiment, mesh: jax.sharding.Mesh) -> runs.Loaded | None:
-  """The generator's tokenizer, on every device."""
+def _tokenizer(experiment: Experiment, mesh: jax.sharding.Mesh, source: Any
+               ) -> runs.Loaded | None:
+  """The generator's tokenizer, on every device; None where the data is tokens without one."""
   if not isinstance(experiment.model, GeneratorConfig):
+    return None
+  if experiment.tokenizer is None and hasattr(source, 'spec'):
     return None
   if experiment.tokenizer is None:
     raise ValueError('A generator needs --config.tokenizer=RUN, the run of a tokenizer.')

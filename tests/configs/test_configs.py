@@ -114,19 +114,39 @@ def pictures(tmp_path_factory):
   return folder
 
 
+def write_text(experiment, path):
+  """What the config's data reads, of random codes: a text file, or a token folder."""
+  from smalti.data.text import TextConfig
+  from smalti.data.tokens import TokenWriter
+  spec, rng = experiment.published.spec, np.random.default_rng(0)
+  if isinstance(experiment.data, TextConfig):
+    path.write_text(''.join(rng.choice(list(experiment.data.alphabet), 4000)))
+    return
+  for split in ('train', 'eval'):
+    writer = TokenWriter(path / split, spec.to_json(), 'f' * 16)
+    writer.add({'tokens': rng.integers(0, spec.vocab[0], (24, spec.length, 1), np.int32)})
+    writer.close()
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_debug_trains_two_steps(name, tokenizer_runs, pictures, tmp_path):
   from smalti.data.captions import CaptionsConfig
   from smalti.data.digits import DigitsConfig
   from smalti.data.factors import Shapes3DLikeConfig
   from smalti.data.folder import FolderConfig
+  from smalti.data.text import TextConfig
+  from smalti.data.tokens import TokensConfig
   experiment = on_one_device(config(name, 'debug'))
-  if not isinstance(experiment.data, (CaptionsConfig, DigitsConfig, Shapes3DLikeConfig)):
+  text = isinstance(experiment.data, (TextConfig, TokensConfig))  # tokens without a tokenizer
+  if text:
+    experiment.data.path = str(tmp_path / 'text')
+    write_text(experiment, tmp_path / 'text')
+  elif not isinstance(experiment.data, (CaptionsConfig, DigitsConfig, Shapes3DLikeConfig)):
     # the data sets of published configs are not here: the same shapes from a folder
     experiment.data = FolderConfig(path=str(pictures), size=experiment.data.size)
   if isinstance(experiment.data, CaptionsConfig):  # its text is needed, and so its tokenizer
     experiment.tokenizer = experiment.tokenizer and str(tokenizer_runs('captions_vq'))
-  elif isinstance(experiment.model, GeneratorConfig):
+  elif isinstance(experiment.model, GeneratorConfig) and not text:
     experiment.tokenizer = str(tokenizer_runs(
         'digits_bits' if experiment.published.spec.vocab[0] == 2 else 'digits_vq'))
     if not isinstance(experiment.data, DigitsConfig):

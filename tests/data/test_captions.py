@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 from smalti.data import captions
 from smalti.data.captions import COLUMNS, LONGEST, CaptionsConfig, arrangements, caption, parse
 from smalti.data.digits import DigitsConfig
-from smalti.data.text import from_bytes
+from smalti.data.utf8 import from_bytes
 
 COUNT = 3000
 GOLDEN = {

@@ -11,7 +11,7 @@ from flax import nnx
 
 from smalti.data.captions import CaptionsConfig
 from smalti.data.digits import DigitsConfig
-from smalti.data.text import from_bytes
+from smalti.data.utf8 import from_bytes
 from smalti.generators.autoregressive import AutoregressiveConfig, AutoregressiveSettings
 from smalti.generators.generator import example_keys
 from smalti.generators.text import ByteEncoderConfig, TextConfig
