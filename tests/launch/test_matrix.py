@@ -13,6 +13,7 @@ from flax import nnx
 from smalti.data.digits import DigitsConfig
 from smalti.generators.autoregressive import AutoregressiveConfig
 from smalti.generators.binary import BinaryConfig
+from smalti.generators.block import BlockDiffusionConfig
 from smalti.generators.generator import example_keys, generate
 from smalti.generators.masked import MaskedConfig
 from smalti.launch import optimizer as optimizers, state as states
@@ -38,6 +39,7 @@ GENERATORS = {
     'masked': MaskedConfig(classes=10, transformer=TransformerConfig(**BODY)),
     'MaskGIT': MaskedConfig(
         classes=10, objective='maskgit', transformer=TransformerConfig(**BODY)),
+    'block': BlockDiffusionConfig(classes=10, transformer=TransformerConfig(**BODY)),
     'binary': BinaryConfig(classes=10, transformer=TransformerConfig(**BODY)),
 }
 STEPS, BATCH = 50, 64

@@ -178,6 +178,22 @@ def test_ragged_prefixes_equal_the_full_pass():
   assert ragged(build()) < 1e-4
 
 
+def test_a_pattern_over_the_cache_says_which_entries_each_query_sees():
+  """Stretches of two positions, each written twice, see each other and those before."""
+  model = build()
+  x, places, _ = inputs(model)
+  stretch = np.arange(LENGTH) // 2
+  full = forward(model, x, places, mask=jnp.asarray(stretch <= stretch[:, None])[None, None])
+  cache, write = model.cache(2, LENGTH + 1), jax.jit(model.extend)
+  for first in range(0, LENGTH, 2):
+    here = slice(first, min(first + 2, LENGTH))
+    seen = jnp.arange(LENGTH + 1) < here.stop
+    mask = jnp.broadcast_to(seen, (1, 1, here.stop - first, LENGTH + 1))
+    for spoiled in (1.0, 0.0):
+      y, cache = write(x[:, here] + spoiled, cache, positions=places[here], index=first, mask=mask)
+    np.testing.assert_allclose(y, full[:, here], atol=1e-4)
+
+
 def test_a_rolled_cache_slot_is_noticed():
   """The negative control of the parity: one layer's keys shifted by one place."""
   def roll(cache):
