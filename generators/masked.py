@@ -17,16 +17,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from smalti.generators import logits as processing, schedules
+from smalti.generators import logits as processing, schedules, unmasking
 from smalti.generators.generator import (
     Generator,
     GeneratorConfig,
     Sample,
-    Settings,
     check_request,
     read_labels,
-    settings,
 )
+from smalti.generators.unmasking import MaskedSettings, log_prob, pick, rank
 from smalti.networks.layers import Embedding, Linear, constrain
 from smalti.networks.transformer import Transformer, TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
@@ -35,7 +34,6 @@ from smalti.tokenizers.spec import TokenSpec
 # and its variance with it. MDLM cuts at the same time and drops the rest; this keeps a bound.
 FLOOR = 1e-3
 ENUMERABLE = 12  # positions whose 2^N masks `elbo` may enumerate
-TOKEN, CHOICE, ORDER, AGAIN = range(4)  # purposes folded into a sample's keys
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -64,43 +62,6 @@ class MaskedConfig(GeneratorConfig):
 
   def build(self, spec: TokenSpec, *, rngs: nnx.Rngs) -> 'Masked':
     return Masked(self, spec, rngs=rngs)
-
-
-@settings
-class MaskedSettings(Settings):
-  """How to sample.
-
-  Args:
-    sampler: 'maskgit' reveals the most confident draws first; 'ancestral' reverses the diffusion;
-      'first_hitting' reveals one random position per step, as many steps as codes, and is exact;
-      'halton' spreads the revealed cells over a 2D grid (arXiv 2503.17076); 'remdm' masks revealed
-      tokens again on the way (arXiv 2503.00307).
-    steps: passes over the tokens; not read by 'first_hitting'.
-    grid: of 'ancestral' and 'remdm'; 'cosine' is MD4's best for images.
-    remask, strength: of 'remdm', see `schedules.remasking`: 'cap' with 0.04 up to 512 steps, 'loop'
-      with 0.02 from 1,024 on (the paper's tables).
-    temperature: divides the logits; 0 takes the likeliest token.
-    choice_temperature: of 'maskgit', Gumbel noise on the confidence, annealed to 0 (its code: 4.5).
-    top_k, top_p: truncation of every draw; None is off.
-    guidance: s in u + s (c - u), 1 is unguided; None is one pass without the null label.
-    guidance_schedule: see `schedules.guidance`, with its power, start and stop.
-    trace: keep the states on the way, -1 where masked.
-  """
-  sampler: Literal['ancestral', 'maskgit', 'first_hitting', 'halton', 'remdm'] = 'maskgit'
-  steps: int = 12
-  grid: Literal['uniform', 'cosine'] = 'cosine'
-  remask: schedules.Remask = 'cap'
-  strength: float = 0.04
-  temperature: float = 1.0
-  choice_temperature: float = 4.5
-  top_k: int | None = None
-  top_p: float | None = None
-  guidance: float | None = None
-  guidance_schedule: Literal['constant', 'linear', 'power_cosine', 'interval'] = 'constant'
-  guidance_power: float = 1.0
-  guidance_start: float = 0.0
-  guidance_stop: float = 1.0
-  trace: bool = False
 
 
 class Masked(Generator):
@@ -223,8 +184,8 @@ class Masked(Generator):
     first, second = jax.random.split(mask)
     masked, weight = draw(second, schedules.stratified(first, len(tokens)), real)
     scores = self.scores(tokens, masked | ~real, labels, key=inner, train=train)
-    nll = jnp.where(masked, -_log_prob(scores, tokens), 0)
-    hits = masked & (_pick(scores, tokens) >= jnp.max(scores, -1))
+    nll = jnp.where(masked, -log_prob(scores, tokens), 0)
+    hits = masked & (pick(scores, tokens) >= jnp.max(scores, -1))
     hidden = jnp.maximum(masked.sum(), 1)
     valid = (self.flat.valid(tokens[..., None])[..., 0] & real).sum()
     bound = (weight * nll.sum(-1)).sum() / valid
@@ -280,7 +241,7 @@ class Masked(Generator):
       else:
         masked, weight = draw(x[0])
         weight = weight / samples
-      logp = _log_prob(self.scores(tokens, masked | ~real, labels), tokens)
+      logp = log_prob(self.scores(tokens, masked | ~real, labels), tokens)
       return total - weight * jnp.where(masked, logp, 0).sum(-1), None
 
     total, _ = jax.lax.scan(add, constant, (masks, weights))
@@ -368,92 +329,26 @@ class Masked(Generator):
     unknown = (jnp.ones((size, length), bool) if known_mask is None
                else ~jnp.asarray(known_mask, bool).reshape(size, length))
     forbidden = self._before_known_end(given, unknown)
-    plan, order = self._plan(settings, keys, unknown)
+    steps, order = unmasking.plan(settings, keys, unknown, self.flat.grid)
 
-    def step(state, now):
-      tokens, masked, surety = state
-      draws = _fold(keys, now['step'])
+    def predict(tokens, masked, now):
       scores = self._guided(tokens, masked, labels, now['guidance'] if guided else None)
       scores = processing.restrict(scores, self.allowed(tokens, masked))
       if forbidden is not None:
         scores = processing.restrict(
             scores, ~forbidden[..., None] | (jnp.arange(scores.shape[-1]) != self.flat.eos))
-      shaped = processing.process(scores, temperature=settings.temperature, top_k=settings.top_k,
-                                  top_p=settings.top_p)
-      fresh = processing.draw(shaped, _fold(draws, TOKEN))
-      tokens = jnp.where(masked, fresh, tokens)  # known and revealed tokens are never touched
-      if settings.sampler in ('ancestral', 'remdm'):
-        coin, other = (jax.vmap(lambda k: jax.random.uniform(k, (length,)))(
-            _fold(draws, purpose)) for purpose in (CHOICE, AGAIN))
-        left = masked & (coin >= now['chance'])
-        if settings.sampler == 'remdm':
-          again = now['again']
-          if surety is not None:  # of every token, when it was drawn
-            surety = jnp.where(masked, jnp.exp(_log_prob(shaped, tokens)), surety)
-            again = again * jax.nn.softmax(jnp.where(masked | ~unknown, -1e9, -surety), -1)
-          left = left | (unknown & ~masked & (other < again))
-        masked = left
-      else:
-        if order is None:
-          # at temperature 0 every drawn token has probability 1: fall back on the raw one
-          sure = _log_prob(jnp.where(settings.temperature > 0, shaped, scores), tokens)
-          noise = jax.vmap(lambda k: jax.random.gumbel(k, (length,), mode='high'))(
-              _fold(draws, CHOICE))
-          rank = _rank(jnp.where(
-              masked, sure + settings.choice_temperature * now['anneal'] * noise, jnp.inf))
-        else:
-          rank = order
-        masked = masked & (rank < now['left'][:, None])
-      return (tokens, masked, surety), jnp.where(masked, -1, tokens) if settings.trace else None
+      return scores
 
-    sureties = settings.sampler == 'remdm' and settings.remask == 'conf'
-    (tokens, _, _), states = jax.lax.scan(
-        step, (given, unknown, jnp.ones((size, length)) if sureties else None), plan)
+    tokens, states, passes = unmasking.unmask(
+        predict, settings, steps, order, keys=keys, given=given, unknown=unknown)
     tokens = self.flat.canonical(tokens[..., None])[..., 0]
     tokens = jnp.where(unknown, tokens, given)
     exact = (unknown.sum(-1) <= 1) | (settings.sampler == 'first_hitting')
     if forbidden is not None:
       exact = exact & ~(forbidden & unknown).any(-1)
-    passes = len(plan['step']) * (2 if guided else 1)
     shape = (size, self.spec.length, self.spec.depth)
-    return Sample(tokens=tokens.reshape(shape), nfe=passes, exact=exact,
-                  steps=states.reshape(-1, *shape) if settings.trace else None)
-
-  def _plan(self, settings: MaskedSettings, keys: Array, unknown: Bool[Array, 'b n']
-            ) -> tuple[dict[str, Array], Int[Array, 'b n'] | None]:
-    """Per-step arrays, and the rank of every position where the order is fixed beforehand."""
-    total, length = unknown.sum(-1), self.flat.length
-    steps = length if settings.sampler == 'first_hitting' else settings.steps
-    if steps < 1:
-      raise ValueError(f'{steps=} must be at least 1.')
-    plan, order = {'step': jnp.arange(steps)}, None
-    if settings.guidance is not None:
-      plan['guidance'] = schedules.guidance(
-          settings.guidance_schedule, settings.guidance, steps, power=settings.guidance_power,
-          start=settings.guidance_start, stop=settings.guidance_stop)
-    if settings.sampler == 'ancestral':
-      plan['chance'] = jnp.asarray(schedules.unmasking(settings.grid, steps))
-    elif settings.sampler == 'remdm':
-      plan['chance'], plan['again'] = schedules.remasking(
-          settings.remask, settings.grid, steps, settings.strength)
-    elif settings.sampler == 'maskgit':
-      plan['left'] = schedules.remaining('cosine', steps, total)
-      plan['anneal'] = 1 - jnp.arange(1, steps + 1) / steps
-    elif settings.sampler == 'first_hitting':
-      plan['left'] = jnp.maximum(total - 1 - jnp.arange(steps)[:, None], 0)
-      order = jax.vmap(lambda k: jax.random.permutation(k, length))(_fold(_fold(keys, 0), ORDER))
-    elif settings.sampler == 'halton':
-      if len(self.flat.grid) != 2:
-        raise ValueError(f"sampler='halton' needs a 2D grid, got {self.flat.grid}; use 'maskgit'.")
-      plan['left'] = schedules.remaining('arccos', steps, total, rounding='revealed')
-      order = jnp.broadcast_to(
-          length - 1 - np.argsort(schedules.halton(self.flat.grid)), unknown.shape)
-    else:
-      raise ValueError(f'sampler={settings.sampler!r} is not one of ancestral, maskgit, '
-                       'first_hitting, halton, remdm.')
-    if order is not None:  # known positions rank last, so that counts are over unknown ones
-      order = _rank(jnp.where(unknown, order, length))
-    return plan, order
+    return Sample(tokens=tokens.reshape(shape), nfe=passes * (2 if guided else 1), exact=exact,
+                  steps=None if states is None else states.reshape(-1, *shape))
 
   def _guided(self, tokens: Array, masked: Array, labels: Array | None, scale: Array | None
               ) -> Float[Array, 'b n v']:
@@ -474,25 +369,7 @@ class Masked(Generator):
     return end.any(-1, keepdims=True) & (jnp.cumsum(end, 1) == 0)
 
 
-def _fold(keys: Array, data: Array | int) -> Array:
-  return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
-
-
-def _rank(score: Float[Array, 'b n'] | Int[Array, 'b n']) -> Int[Array, 'b n']:
-  """The place of every entry when the row is sorted; ties have places of their own."""
-  return jnp.argsort(jnp.argsort(score, -1), -1)
-
-
 def _subset(key: Array, count: Int[Array, 'b'], real: Bool[Array, 'b n']) -> Bool[Array, 'b n']:
   """`count` of the real positions of every row, uniformly."""
   score = jnp.where(real, jax.random.uniform(key, real.shape), 2)
-  return (_rank(score) < count[:, None]) & real
-
-
-def _pick(scores: Float[Array, 'b n v'], tokens: Int[Array, 'b n']) -> Float[Array, 'b n']:
-  return jnp.take_along_axis(scores, tokens[..., None], -1)[..., 0]
-
-
-def _log_prob(scores: Float[Array, 'b n v'], tokens: Int[Array, 'b n']) -> Float[Array, 'b n']:
-  """log softmax(scores) at the tokens, without a second array of [b, n, v]."""
-  return _pick(scores, tokens) - jax.nn.logsumexp(scores, -1)
+  return (rank(score) < count[:, None]) & real
