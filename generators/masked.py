@@ -67,15 +67,18 @@ class MaskedConfig(GeneratorConfig):
 class Masked(Generator):
   """p(hidden tokens | visible tokens, label), its likelihood bound and its samplers.
 
-  Inside, all codes are one row of N * D positions (the flat view of the spec). With an EOS the
-  bound is over all positions, so that the length is paid for, and two facts are built in: after a
-  visible EOS there are only EOS, before a visible code that is not EOS there is none.
+  Inside, all codes are one row of N * D (the flat view of the spec), and each has a slot of the
+  transformer; subclasses read several codes in a slot. With an EOS the bound is over all positions,
+  so that the length is paid for, and two facts are built in: after a visible EOS there are only
+  EOS, before a visible code that is not EOS there is none.
   """
 
   settings = MaskedSettings
 
   def __init__(self, config: MaskedConfig, spec: TokenSpec, *, rngs: nnx.Rngs):
-    self.spec, self.flat, self.classes = spec, spec.view('flat'), config.classes
+    self.spec, self.slots, self.classes = spec, self._slots(config, spec), config.classes
+    grid = self.slots.grid if self.slots.depth == 1 else (*self.slots.grid, self.slots.depth)
+    self.flat = TokenSpec(grid=grid, vocab=(max(self.slots.vocab),), eos=spec.eos)
     self.objective, self.ratio = config.objective, config.ratio
     self.label_dropout, self.label_smoothing = config.label_dropout, config.label_smoothing
     self.schedule = schedules.named(config.schedule, config.power)
@@ -89,18 +92,63 @@ class Masked(Generator):
     body = config.transformer
     if body.modulated and not config.classes:
       raise ValueError('modulated=True needs classes > 0: the label is what modulates.')
-    if body.axes not in (0, 1, len(self.flat.grid)):
-      raise ValueError(
-          f'axes={body.axes} must be 0, 1 or {len(self.flat.grid)} for the grid {self.flat.grid}.')
-    vocab, width, dtype = self.flat.vocab[0], body.width, body.dtype
-    self.token = Embedding(vocab + 1, width, dtype=dtype, rngs=rngs)  # the last row is MASK
+    if body.axes not in (0, 1, len(self.slots.grid)):
+      raise ValueError(f'axes={body.axes} must be 0, 1 or {len(self.slots.grid)} for the grid '
+                       f'{self.slots.grid}.')
+    width, dtype = body.width, body.dtype
+    self.token = self._input(width, dtype, rngs)
     # rotations are relative: where all tokens are hidden, only this tells positions apart
-    self.place = Embedding(self.flat.length, width, dtype=dtype, rngs=rngs)
+    self.place = Embedding(self.slots.length, width, dtype=dtype, rngs=rngs)
     self.label = Embedding(  # the last row is the null label
         config.classes + 1, width, dtype=dtype, rngs=rngs) if config.classes else None
     self.transformer = Transformer(body, rngs=rngs)
-    self.head = Linear(
-        width, vocab, bias=True, std=0, dtype=dtype, result='float32', rngs=rngs)
+    self.head = Linear(  # the columns of one code of a slot after the other's
+        width, sum(self.slots.vocab), bias=True, std=0, dtype=dtype, result='float32', rngs=rngs)
+
+  # ---- what a slot is: these say it for one code
+
+  def _slots(self, config: Any, spec: TokenSpec) -> TokenSpec:
+    """The codes inside; its positions are the slots of the transformer."""
+    del config  # of subclasses
+    return spec.view('flat')
+
+  def _input(self, width: int, dtype: Any, rngs: nnx.Rngs) -> Any:
+    return Embedding(self.flat.vocab[0] + 1, width, dtype=dtype, rngs=rngs)  # the last is MASK
+
+  def _embed(self, tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n']) -> Float[Array, 'b s c']:
+    return self.token(jnp.where(masked, self.flat.vocab[0], tokens))
+
+  def _codes(self, tokens: Int[Array, 'b n d']) -> Int[Array, 'b m']:
+    """Tokens of the spec as the row of codes inside."""
+    return tokens.reshape(len(tokens), self.flat.length)
+
+  def _tokens(self, codes: Int[Array, 'b m']) -> Int[Array, 'b n d']:
+    """The inverse of `_codes`."""
+    return codes.reshape(-1, self.spec.length, self.spec.depth)
+
+  def _inside(self, mask: Bool[Array, 'b n d']) -> Bool[Array, 'b m']:
+    """The codes inside of which `mask` holds all."""
+    return mask.reshape(len(mask), self.flat.length)
+
+  def _outside(self, masked: Bool[Array, 'b m']) -> Bool[Array, 'b n d']:
+    """The tokens of the spec of which `masked` holds a part."""
+    return masked.reshape(-1, self.spec.length, self.spec.depth)
+
+  def _narrowed(self, known: Int[Array, 'b n d'], known_mask: Bool[Array, 'b n d']
+                ) -> tuple[Bool[Array, 'b m v'] | None, Bool[Array, 'b']]:
+    """Which codes known tokens leave possible, beyond what the network is told, and for whom.
+
+    A known EOS further on says that the string has not ended yet.
+    """
+    unknown, given = ~self._inside(known_mask), self._codes(known)
+    if self.flat.eos is None:
+      return None, jnp.zeros(len(known), bool)
+    end = ~unknown & (given == self.flat.eos)
+    before = end.any(-1, keepdims=True) & (jnp.cumsum(end, 1) == 0)
+    possible = ~before[..., None] | (jnp.arange(self.flat.vocab[0]) != self.flat.eos)
+    return possible, (before & unknown).any(-1)
+
+  # ---- the network
 
   def logits(self, tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n'],
              labels: Int[Array, 'b'] | None, *, key: Array | None = None, train: bool = False
@@ -108,33 +156,37 @@ class Masked(Generator):
     """The scores of every code at every position; tokens at masked positions are not read."""
     x, where = self._inputs(tokens, masked, labels)
     y = self.transformer(x, **where, key=key, train=train)
-    return self.head(y[:, -self.flat.length:])
+    y = self.head(y[:, -self.slots.length:])
+    sizes = np.array(self.slots.vocab)
+    if len(set(self.slots.vocab)) > 1:  # columns that a shorter alphabet lacks repeat its last one
+      first = np.cumsum(sizes) - sizes
+      y = y[..., first[:, None] + np.minimum(np.arange(sizes.max()), sizes[:, None] - 1)]
+    return y.reshape(len(tokens), self.flat.length, -1)
 
   def hidden(self, tokens: Int[Array, 'b n d'], *, blocks: tuple[int, ...], keys: Array,
              noise: float | Array = 0.0) -> list[Float[Array, 'b m c']]:
-    """What the numbered blocks (1 the first) hold of every code, for probes of representations.
+    """What the numbered blocks (1 the first) hold of every slot, for probes of representations.
 
     Args:
       noise: the share of codes that is hidden, rounded to a number of codes; which ones is drawn
         from an example's own key. The label is never told.
     """
-    flat = jnp.asarray(tokens, jnp.int32).reshape(len(tokens), self.flat.length)
+    flat = self._codes(jnp.asarray(tokens, jnp.int32))
     order = jax.vmap(lambda key: jax.random.uniform(key, (self.flat.length,)))(keys)
     rank = jnp.argsort(jnp.argsort(order, -1), -1)
     masked = rank < jnp.rint(noise * self.flat.length)
     labels = None if self.label is None else jnp.full(len(flat), self.classes)
     x, where = self._inputs(flat, masked, labels)
     states = self.transformer.hidden(x, blocks=blocks, **where)
-    return [y[:, -self.flat.length:] for y in states]
+    return [y[:, -self.slots.length:] for y in states]
 
   def _inputs(self, tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n'],
               labels: Int[Array, 'b'] | None) -> tuple[Float[Array, 'b m c'], dict[str, Any]]:
     """What the transformer is given: vectors, their positions, and the label where it modulates."""
-    x = self.token(jnp.where(masked, self.flat.vocab[0], tokens))
-    x = x + self.place(jnp.arange(self.flat.length))
-    positions = np.arange(self.flat.length)[:, None]
+    x = self._embed(tokens, masked) + self.place(jnp.arange(self.slots.length))
+    positions = np.arange(self.slots.length)[:, None]
     if self.transformer.axes > 1:
-      positions = self.flat.coordinates()
+      positions = self.slots.coordinates()
     modulation = None
     if self.label is not None:
       label = self.label(labels)
@@ -149,7 +201,8 @@ class Masked(Generator):
               ) -> Bool[Array, 'b n v']:
     """Which codes a position can hold, given the visible ones."""
     if self.flat.eos is None:
-      return jnp.ones((*tokens.shape, self.flat.vocab[0]), bool)
+      there = np.tile(self.slots.support(), (self.slots.length, 1))
+      return jnp.broadcast_to(there, (*tokens.shape, self.flat.vocab[0]))
     eos = jnp.arange(self.flat.vocab[0]) == self.flat.eos
     ended = jnp.cumsum(~masked & (tokens == self.flat.eos), 1) > 0
     before = jnp.cumsum((~masked & ~ended)[:, ::-1], 1)[:, ::-1] > 0
@@ -188,6 +241,8 @@ class Masked(Generator):
     hits = masked & (pick(scores, tokens) >= jnp.max(scores, -1))
     hidden = jnp.maximum(masked.sum(), 1)
     valid = (self.flat.valid(tokens[..., None])[..., 0] & real).sum()
+    # of the spec, whatever is inside
+    valid = valid * (self.spec.length * self.spec.depth / self.flat.length)
     bound = (weight * nll.sum(-1)).sum() / valid
     metrics = {'nll': bound, 'bits_per_token': bound / math.log(2), 'accuracy': hits.sum() / hidden}
     value, weight = bound, valid
@@ -222,7 +277,7 @@ class Masked(Generator):
     if mode == 'mc' or steps is not None:
       # what the schedule leaves visible at t=1 costs log V each; 0 but for 'geometric'
       rest = self.schedule.alpha(jnp.ones(()))
-      constant = rest * real.sum(-1) * math.log(self.flat.vocab[0])
+      constant = rest * (real * np.tile(np.log(self.slots.vocab), self.slots.length)).sum(-1)
     if mode == 'enumerate':
       masks, weights = self._enumerated(tokens, real, steps)
     else:
@@ -248,13 +303,12 @@ class Masked(Generator):
     return -total
 
   def _read(self, batch: dict[str, Array]) -> tuple[Array, Array, Array | None]:
-    """Flat tokens, which of them are real (all, without `keep`), and labels."""
+    """The codes inside, which of them are real (all, without `keep`), and labels."""
     tokens = jnp.asarray(batch['tokens'], jnp.int32)
     real = jnp.ones(tokens.shape, bool)
     if 'keep' in batch:
       real = jnp.broadcast_to(self.spec.mask(batch['keep']), tokens.shape)
-    flat = tokens.reshape(len(tokens), self.flat.length)
-    return flat, real.reshape(flat.shape), read_labels(self.classes, batch, len(tokens))
+    return self._codes(tokens), self._inside(real), read_labels(self.classes, batch, len(tokens))
 
   def _time_mask(self, key: Array, u: Float[Array, 'b'], real: Bool[Array, 'b n'],
                  steps: int | None = None) -> tuple[Bool[Array, 'b n'], Float[Array, 'b']]:
@@ -324,31 +378,32 @@ class Masked(Generator):
     check_request(self.classes, condition, known, known_mask, settings.guidance)
     guided = settings.guidance is not None
     labels = read_labels(self.classes, condition, size)
-    given = (jnp.zeros((size, length), jnp.int32) if known is None
-             else jnp.asarray(known, jnp.int32).reshape(size, length))
-    unknown = (jnp.ones((size, length), bool) if known_mask is None
-               else ~jnp.asarray(known_mask, bool).reshape(size, length))
-    forbidden = self._before_known_end(given, unknown)
-    steps, order = unmasking.plan(settings, keys, unknown, self.flat.grid)
+    possible = None
+    if known is None:
+      given, unknown = jnp.zeros((size, length), jnp.int32), jnp.ones((size, length), bool)
+    else:
+      known, known_mask = jnp.asarray(known, jnp.int32), jnp.asarray(known_mask, bool)
+      given, unknown = self._codes(known), ~self._inside(known_mask)
+      possible, beyond = self._narrowed(known, known_mask)
+    steps, order = unmasking.plan(settings, keys, unknown, self.slots.grid)
 
     def predict(tokens, masked, now):
       scores = self._guided(tokens, masked, labels, now['guidance'] if guided else None)
       scores = processing.restrict(scores, self.allowed(tokens, masked))
-      if forbidden is not None:
-        scores = processing.restrict(
-            scores, ~forbidden[..., None] | (jnp.arange(scores.shape[-1]) != self.flat.eos))
-      return scores
+      return scores if possible is None else processing.restrict(scores, possible)
 
-    tokens, states, passes = unmasking.unmask(
+    codes, states, passes = unmasking.unmask(
         predict, settings, steps, order, keys=keys, given=given, unknown=unknown)
-    tokens = self.flat.canonical(tokens[..., None])[..., 0]
-    tokens = jnp.where(unknown, tokens, given)
+    codes = self.flat.canonical(codes[..., None])[..., 0]
+    tokens = self._tokens(codes)
     exact = (unknown.sum(-1) <= 1) | (settings.sampler == 'first_hitting')
-    if forbidden is not None:
-      exact = exact & ~(forbidden & unknown).any(-1)
-    shape = (size, self.spec.length, self.spec.depth)
-    return Sample(tokens=tokens.reshape(shape), nfe=passes * (2 if guided else 1), exact=exact,
-                  steps=None if states is None else states.reshape(-1, *shape))
+    if known is not None:  # also where they contradict an EOS
+      tokens, exact = jnp.where(known_mask, known, tokens), exact & ~beyond
+    if states is not None:
+      states = jax.vmap(lambda state: jnp.where(
+          self._outside(state < 0), -1, self._tokens(jnp.maximum(state, 0))))(states)
+    return Sample(tokens=tokens, nfe=passes * (2 if guided else 1), exact=exact,
+                  steps=states)
 
   def _guided(self, tokens: Array, masked: Array, labels: Array | None, scale: Array | None
               ) -> Float[Array, 'b n v']:
@@ -360,13 +415,6 @@ class Masked(Generator):
                        jnp.stack([labels, null], 1).reshape(-1))
     both = constrain(both, 'b n c').reshape(len(tokens), 2, *both.shape[1:])
     return processing.guide(both[:, 0], both[:, 1], scale)
-
-  def _before_known_end(self, given: Array, unknown: Array) -> Bool[Array, 'b n'] | None:
-    """Where a known EOS further on says that the string has not ended yet."""
-    if self.flat.eos is None:
-      return None
-    end = ~unknown & (given == self.flat.eos)
-    return end.any(-1, keepdims=True) & (jnp.cumsum(end, 1) == 0)
 
 
 def _subset(key: Array, count: Int[Array, 'b'], real: Bool[Array, 'b n']) -> Bool[Array, 'b n']:

@@ -83,7 +83,10 @@ def plan(settings: MaskedSettings, keys: Array, unknown: Bool[Array, 'b n'], gri
     if len(grid) != 2:
       raise ValueError(f"sampler='halton' needs a 2D grid, got {grid}; use 'maskgit'.")
     plan['left'] = schedules.remaining('arccos', steps, total, rounding='revealed')
-    order = jnp.broadcast_to(length - 1 - np.argsort(schedules.halton(grid)), unknown.shape)
+    visit = np.argsort(schedules.halton(grid))  # the codes of a cell one after the other
+    depth = length // visit.size
+    visit = (visit[:, None] * depth + np.arange(depth)).reshape(-1)
+    order = jnp.broadcast_to(length - 1 - visit, unknown.shape)
   else:
     raise ValueError(f'sampler={settings.sampler!r} is not one of ancestral, maskgit, '
                      'first_hitting, halton, remdm.')

@@ -15,7 +15,9 @@ from smalti.generators.autoregressive import AutoregressiveConfig
 from smalti.generators.binary import BinaryConfig
 from smalti.generators.block import BlockDiffusionConfig
 from smalti.generators.generator import example_keys, generate
+from smalti.generators.maskbit import MaskBitConfig
 from smalti.generators.masked import MaskedConfig
+from smalti.generators.stacked import StackedConfig
 from smalti.launch import optimizer as optimizers, state as states
 from smalti.launch.experiment import OptimizerConfig
 from smalti.launch.step import train_step
@@ -40,6 +42,8 @@ GENERATORS = {
     'MaskGIT': MaskedConfig(
         classes=10, objective='maskgit', transformer=TransformerConfig(**BODY)),
     'block': BlockDiffusionConfig(classes=10, transformer=TransformerConfig(**BODY)),
+    'stacked': StackedConfig(classes=10, transformer=TransformerConfig(**BODY)),
+    'MaskBit': MaskBitConfig(classes=10, transformer=TransformerConfig(**BODY)),
     'binary': BinaryConfig(classes=10, transformer=TransformerConfig(**BODY)),
 }
 STEPS, BATCH = 50, 64
