@@ -13,8 +13,8 @@ Scalar = Float[Array, ''] | float
 
 def guide(conditional: Float[Array, '*b v'], unconditional: Float[Array, '*b v'],
           scale: Scalar) -> Float[Array, '*b v']:
-  """u + scale (c - u): 1 is conditional, 0 unconditional. Mask ids only after it."""
-  return unconditional + scale * (conditional - unconditional)
+  """u + scale (c - u): 1 is conditional, 0 unconditional, exactly. Mask ids only after it."""
+  return scale * conditional + (1 - scale) * unconditional
 
 
 def restrict(logits: Float[Array, '*b v'], support: Bool[Array, '*#b v']) -> Float[Array, '*b v']:

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from smalti.generators import logits as processing, schedules, unmasking
+from smalti.generators import logits as processing, masking, schedules, unmasking
 from smalti.generators.generator import (
     Generator,
     GeneratorConfig,
@@ -25,15 +25,10 @@ from smalti.generators.generator import (
     check_request,
     read_labels,
 )
-from smalti.generators.unmasking import MaskedSettings, log_prob, pick, rank
+from smalti.generators.unmasking import MaskedSettings, log_prob, pick
 from smalti.networks.layers import Embedding, Linear, constrain
 from smalti.networks.transformer import Transformer, TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
-
-# The time below which the bound takes one discrete step to the clean end: w(t) grows like 1/t there
-# and its variance with it. MDLM cuts at the same time and drops the rest; this keeps a bound.
-FLOOR = 1e-3
-ENUMERABLE = 12  # positions whose 2^N masks `elbo` may enumerate
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -48,17 +43,23 @@ class MaskedConfig(GeneratorConfig):
     objective: 'elbo' is the likelihood bound, 'maskgit' plain cross-entropy on hidden tokens.
     schedule: alpha(t) of 'elbo'; any choice has the same bound and another variance.
     power: of the 'polynomial' schedule.
-    ratio: masked fraction at u ~ U(0, 1) of 'maskgit'.
+    ratio: masked fraction at u ~ U(0, 1) of 'maskgit' (TiTok, MaskBit, Halton: 'arccos').
+    counts: tokens that 'maskgit' hides of N: 'ceil' of ratio times N, 'round' of it, one or more
+      (TiTok), or each with that chance, 'bernoulli' (MaskBit, Halton).
     label_smoothing: of 'maskgit' (0.1 in its paper).
+    visible: of 'maskgit', weight of the cross-entropy of visible tokens beside hidden ones (0.1 in
+      TiTok's code, 1 in MaskBit's and Halton's).
   """
   transformer: TransformerConfig
   classes: int = 0
   label_dropout: float = 0.1
   objective: Literal['elbo', 'maskgit'] = 'elbo'
-  schedule: Literal['linear', 'cosine', 'polynomial', 'geometric'] = 'linear'
+  schedule: schedules.Noise = 'linear'
   power: float = 2.0
-  ratio: Literal['cosine', 'arccos', 'linear'] = 'cosine'
+  ratio: schedules.Ratio = 'cosine'
+  counts: masking.Counts = 'ceil'
   label_smoothing: float = 0.1
+  visible: float = 0.0
 
   def build(self, spec: TokenSpec, *, rngs: nnx.Rngs) -> 'Masked':
     return Masked(self, spec, rngs=rngs)
@@ -79,10 +80,14 @@ class Masked(Generator):
     self.spec, self.slots, self.classes = spec, self._slots(config, spec), config.classes
     grid = self.slots.grid if self.slots.depth == 1 else (*self.slots.grid, self.slots.depth)
     self.flat = TokenSpec(grid=grid, vocab=(max(self.slots.vocab),), eos=spec.eos)
-    self.objective, self.ratio = config.objective, config.ratio
+    self.objective, self.ratio, self.counts = config.objective, config.ratio, config.counts
     self.label_dropout, self.label_smoothing = config.label_dropout, config.label_smoothing
-    self.schedule = schedules.named(config.schedule, config.power)
+    self.visible, self.schedule = config.visible, schedules.named(config.schedule, config.power)
     schedules.ratio(config.ratio, np.ones(1))
+    if config.counts not in ('ceil', 'round', 'bernoulli'):
+      raise ValueError(f'counts={config.counts!r} is not one of ceil, round, bernoulli.')
+    if config.visible < 0:
+      raise ValueError(f'visible={config.visible} must not be negative.')
     if config.objective not in ('elbo', 'maskgit'):
       raise ValueError(f'objective={config.objective!r} is not one of elbo, maskgit.')
     if not 0 <= config.label_dropout <= 1:
@@ -231,13 +236,17 @@ class Masked(Generator):
     if train and labels is not None:
       dropped = jax.random.bernoulli(drop, self.label_dropout, labels.shape)
       labels = jnp.where(dropped, self.classes, labels)
-    draw = self._count_mask
-    if train:
-      draw = self._time_mask if self.objective == 'elbo' else self._ratio_mask
     first, second = jax.random.split(mask)
-    masked, weight = draw(second, schedules.stratified(first, len(tokens)), real)
+    u = schedules.stratified(first, len(tokens))
+    if not train:
+      masked, weight = masking.by_count(second, u, real)
+    elif self.objective == 'elbo':
+      masked, weight = masking.by_time(second, u, real, self.schedule)
+    else:
+      masked, weight = masking.by_ratio(second, u, real, self.ratio, self.counts)
     scores = self.scores(tokens, masked | ~real, labels, key=inner, train=train)
-    nll = jnp.where(masked, -log_prob(scores, tokens), 0)
+    each = -log_prob(scores, tokens)
+    nll = jnp.where(masked, each, 0)
     hits = masked & (pick(scores, tokens) >= jnp.max(scores, -1))
     hidden = jnp.maximum(masked.sum(), 1)
     valid = (self.flat.valid(tokens[..., None])[..., 0] & real).sum()
@@ -250,9 +259,10 @@ class Masked(Generator):
       possible = jnp.isfinite(scores)
       even = jnp.where(possible, scores, 0).sum(-1) / possible.sum(-1)
       even = jax.nn.logsumexp(scores, -1) - even
-      smoothing = self.label_smoothing
-      value = ((1 - smoothing) * nll.sum() + smoothing * (masked * even).sum()) / hidden
-      weight = hidden
+      smoothed = (1 - self.label_smoothing) * each + self.label_smoothing * even
+      share = jnp.where(masked, 1.0, self.visible * real)
+      weight = jnp.maximum(share.sum(), 1)
+      value = jnp.where(share > 0, share * smoothed, 0).sum() / weight
     return value, {'metrics': metrics, 'weight': weight, 'statistics': None}
 
   def elbo(self, batch: dict[str, Array], *, key: Array | None = None,
@@ -279,7 +289,7 @@ class Masked(Generator):
       rest = self.schedule.alpha(jnp.ones(()))
       constant = rest * (real * np.tile(np.log(self.slots.vocab), self.slots.length)).sum(-1)
     if mode == 'enumerate':
-      masks, weights = self._enumerated(tokens, real, steps)
+      masks, weights = masking.every(real, self.schedule, steps)
     else:
       masks, weights = (jnp.arange(samples), None)
 
@@ -287,8 +297,8 @@ class Masked(Generator):
       first, second = jax.random.split(jax.random.fold_in(key, i))
       u = (i + jax.random.uniform(first, (len(tokens),))) / samples
       if mode == 'count':
-        return self._count_mask(second, u, real)
-      return self._time_mask(second, u, real, steps)
+        return masking.by_count(second, u, real)
+      return masking.by_time(second, u, real, self.schedule, steps)
 
     def add(total, x):
       if mode == 'enumerate':
@@ -310,59 +320,6 @@ class Masked(Generator):
       real = jnp.broadcast_to(self.spec.mask(batch['keep']), tokens.shape)
     return self._codes(tokens), self._inside(real), read_labels(self.classes, batch, len(tokens))
 
-  def _time_mask(self, key: Array, u: Float[Array, 'b'], real: Bool[Array, 'b n'],
-                 steps: int | None = None) -> tuple[Bool[Array, 'b n'], Float[Array, 'b']]:
-    """Hides each token with probability 1 - alpha(t), t from u; weight w(t)."""
-    if steps is None:  # [0, FLOOR] is one discrete step, taken with probability FLOOR
-      chance = self.schedule.masked(jnp.maximum(u, FLOOR))
-      weight = jnp.where(u < FLOOR, 1 / FLOOR, self.schedule.weight(jnp.maximum(u, FLOOR)))
-    else:
-      step = jnp.minimum(jnp.floor(u * steps), steps - 1)
-      chance = self.schedule.masked((step + 1) / steps)
-      before = jnp.where(step == 0, 0, self.schedule.masked(step / steps))
-      weight = steps * (chance - before) / chance
-    return (jax.random.uniform(key, real.shape) < chance[:, None]) & real, weight
-
-  def _count_mask(self, key: Array, u: Float[Array, 'b'], real: Bool[Array, 'b n']
-                  ) -> tuple[Bool[Array, 'b n'], Float[Array, 'b']]:
-    """Hides m ~ U{1..n} of the n real tokens; weight n / m."""
-    total = real.sum(-1)
-    count = jnp.clip(1 + jnp.floor(u * total).astype(jnp.int32), 1, jnp.maximum(total, 1))
-    return _subset(key, count, real), total / count
-
-  def _ratio_mask(self, key: Array, u: Float[Array, 'b'], real: Bool[Array, 'b n']
-                  ) -> tuple[Bool[Array, 'b n'], Float[Array, 'b']]:
-    """Hides m = ceil(gamma(u) n) tokens; weight 1 / (m q(m)), which makes the sum the bound."""
-    total = jnp.maximum(real.sum(-1), 1)
-    count = jnp.ceil(schedules.ratio(self.ratio, u) * total)
-    count = jnp.clip(count, 1, total)
-    inverse = {'cosine': lambda g: jnp.arccos(g) * 2 / math.pi,
-               'arccos': lambda g: jnp.cos(math.pi / 2 * g), 'linear': lambda g: 1 - g}
-    chance = inverse[self.ratio]((count - 1) / total) - inverse[self.ratio](
-        count / total)
-    return _subset(key, count.astype(jnp.int32), real), 1 / (count * chance)
-
-  def _enumerated(self, tokens: Array, real: Bool[Array, 'b n'], steps: int | None
-                  ) -> tuple[Bool[Array, 'm n'], Float[Array, 'm b']]:
-    """All masks, and the weight of each for each example."""
-    length = self.flat.length
-    if length > ENUMERABLE:
-      raise ValueError(f"mode='enumerate' is for {ENUMERABLE} positions at most, "
-                       f"got {length}; use 'count'.")
-    masks = (np.arange(1, 2**length)[:, None] >> np.arange(length)) & 1 == 1
-    size = jnp.asarray(masks.sum(-1))[:, None]
-    total = real.sum(-1)
-    if steps is None:
-      choose = np.array([[math.comb(n, m) for m in range(length + 1)] for n in range(length + 1)])
-      weight = 1 / (size * jnp.maximum(jnp.asarray(choose)[total, size], 1))
-    else:
-      masked = self.schedule.masked(jnp.arange(1, steps + 1) / steps)
-      before = jnp.concatenate([jnp.zeros(1), masked[:-1]])
-      factor, chance = ((masked - before) / masked)[:, None, None], masked[:, None, None]
-      weight = (factor * chance**size * (1 - chance) ** jnp.maximum(total - size, 0)).sum(0)
-    inside = ~(masks[:, None] & ~real).any(-1)
-    return jnp.asarray(masks), jnp.where(inside, weight, 0)
-
   # ---- sampling
 
   def sample(self, condition: dict[str, Array] | None, *, keys: Array, settings: MaskedSettings,
@@ -376,7 +333,7 @@ class Masked(Generator):
     """
     size, length = keys.shape[0], self.flat.length
     check_request(self.classes, condition, known, known_mask, settings.guidance)
-    guided = settings.guidance is not None
+    scale = settings.context_guidance
     labels = read_labels(self.classes, condition, size)
     possible = None
     if known is None:
@@ -388,7 +345,11 @@ class Masked(Generator):
     steps, order = unmasking.plan(settings, keys, unknown, self.slots.grid)
 
     def predict(tokens, masked, now):
-      scores = self._guided(tokens, masked, labels, now['guidance'] if guided else None)
+      poor = None
+      if scale is not None:
+        draws = unmasking.fold(unmasking.fold(keys, now['step']), unmasking.CONTEXT)
+        poor = masked | self._context(draws, tokens, masked, settings.context_share)
+      scores = self._guided(tokens, masked, labels, now.get('guidance', scale), poor)
       scores = processing.restrict(scores, self.allowed(tokens, masked))
       return scores if possible is None else processing.restrict(scores, possible)
 
@@ -402,22 +363,29 @@ class Masked(Generator):
     if states is not None:
       states = jax.vmap(lambda state: jnp.where(
           self._outside(state < 0), -1, self._tokens(jnp.maximum(state, 0))))(states)
-    return Sample(tokens=tokens, nfe=passes * (2 if guided else 1), exact=exact,
-                  steps=states)
+    double = scale is not None or settings.guidance is not None
+    return Sample(tokens=tokens, nfe=passes * (2 if double else 1), exact=exact, steps=states)
 
-  def _guided(self, tokens: Array, masked: Array, labels: Array | None, scale: Array | None
-              ) -> Float[Array, 'b n v']:
-    """Logits, guided in one pass over [c0, u0, c1, u1, ...], whole on every device."""
+  def _guided(self, tokens: Array, masked: Array, labels: Array | None, scale: Array | None,
+              poor: Bool[Array, 'b n'] | None = None) -> Float[Array, 'b n v']:
+    """Logits, guided in one pass over [c0, u0, c1, u1, ...], whole on every device.
+
+    Every u is told the null label, or with `poor` the label and what that leaves visible.
+    """
     if scale is None:
       return constrain(self.logits(tokens, masked, labels), 'b n c')
-    null = jnp.full_like(labels, self.classes)
-    both = self.logits(jnp.repeat(tokens, 2, 0), jnp.repeat(masked, 2, 0),
-                       jnp.stack([labels, null], 1).reshape(-1))
+    other = labels if labels is None or poor is not None else jnp.full_like(labels, self.classes)
+    both = self.logits(
+        jnp.repeat(tokens, 2, 0),
+        jnp.stack([masked, masked if poor is None else poor], 1).reshape(-1, tokens.shape[1]),
+        None if labels is None else jnp.stack([labels, other], 1).reshape(-1))
     both = constrain(both, 'b n c').reshape(len(tokens), 2, *both.shape[1:])
     return processing.guide(both[:, 0], both[:, 1], scale)
 
-
-def _subset(key: Array, count: Int[Array, 'b'], real: Bool[Array, 'b n']) -> Bool[Array, 'b n']:
-  """`count` of the real positions of every row, uniformly."""
-  score = jnp.where(real, jax.random.uniform(key, real.shape), 2)
-  return (rank(score) < count[:, None]) & real
+  def _context(self, keys: Array, tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n'],
+               share: Array | float) -> Bool[Array, 'b n']:
+    """floor(share n) of the n visible codes of every row; an EOS and what repeats it stay."""
+    seen = ~masked if self.flat.eos is None else ~masked & (tokens != self.flat.eos)
+    noise = jax.vmap(lambda key: jax.random.uniform(key, seen.shape[1:]))(keys)
+    count = jnp.floor(share * seen.sum(-1) + 1e-4).astype(jnp.int32)  # 0.29 * 100 is 29
+    return unmasking.subset(noise, count, seen)

@@ -1,8 +1,9 @@
 """Samplers of masked models: from every token hidden to none, step by step.
 
 A sampler decides how many hidden tokens a step reveals, and which: the most confident draws
-(MaskGIT, arXiv 2202.04200), those of a random or a spread order, or each by chance as the reverse
-of the diffusion has it. The model is a function of what is visible; any of them serves any model.
+(MaskGIT, arXiv 2202.04200; GenMol, arXiv 2501.06158), those of a random or a spread order, or each
+by chance as the reverse of the diffusion has it. The model is a function of what is visible; any of
+them serves any model.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from smalti.generators import logits as processing, schedules
 from smalti.generators.generator import Settings, settings
 
-TOKEN, CHOICE, ORDER, AGAIN = range(4)  # purposes folded into a sample's keys
+TOKEN, CHOICE, ORDER, AGAIN, CONTEXT = range(5)  # purposes folded into a sample's keys
 
 
 @settings
@@ -26,26 +27,46 @@ class MaskedSettings(Settings):
   Args:
     sampler: 'maskgit' reveals the most confident draws first; 'ancestral' reverses the diffusion;
       'first_hitting' reveals one random position per step, as many steps as codes, and is exact;
-      'halton' spreads the revealed cells over a 2D grid (arXiv 2503.17076); 'remdm' masks revealed
-      tokens again on the way (arXiv 2503.00307).
-    steps: passes over the tokens; not read by 'first_hitting'.
+      'confidence' reveals the most confident draw of every step, or the first `reveal` (arXiv
+      2501.06158); 'halton' spreads the revealed cells over a 2D grid (arXiv 2503.17076); 'remdm'
+      masks revealed tokens again on the way (arXiv 2503.00307).
+    steps: passes over the tokens; 'first_hitting' and 'confidence' take what they need.
+    reveal: tokens per step of 'confidence'.
+    ratio: of 'maskgit', the share of tokens that is left after a share of the steps, rounded down
+      (TiTok, MaskBit: 'arccos').
     grid: of 'ancestral' and 'remdm'; 'cosine' is MD4's best for images.
     remask, strength: of 'remdm', see `schedules.remasking`: 'cap' with 0.04 up to 512 steps, 'loop'
       with 0.02 from 1,024 on (the paper's tables).
     temperature: divides the logits; 0 takes the likeliest token.
-    choice_temperature: of 'maskgit', Gumbel noise on the confidence, annealed to 0 (its code: 4.5).
+    anneal: the temperature is multiplied by 0.5 + 0.8 (1 - r) at the end of a share r of the steps
+      (TiTok; an option of MaskBit's code).
+    choice_temperature: of 'maskgit' and 'confidence', Gumbel noise on the confidence, annealed to 0
+      (MaskGIT's code: 4.5; GenMol's randomness: 0.5 from nothing, 1.2 to 3 around fragments).
+    noise: of 'maskgit', what the noise is added to: 'choice', the log-probability of a draw, or
+      'both', the logits before the draw too, and then the logit of what was drawn (TiTok).
     top_k, top_p: truncation of every draw; None is off.
     guidance: s in u + s (c - u), 1 is unguided; None is one pass without the null label.
     guidance_schedule: see `schedules.guidance`, with its power, start and stop.
+    context_guidance: w of GenMol's molecular context guidance, w good + (1 - w) poor (its code: 2),
+      where the poor prediction does not see `context_share` of the visible tokens, others in every
+      step; instead of `guidance`, and as expensive.
+    cache: no pass in a step that reveals nothing: the same tokens, and fewer passes where there are
+      more steps than tokens, or few tokens to fill in (MDLM's ddpm_cache, arXiv 2406.07524, which
+      keeps a prediction instead). A step is left out if it reveals nothing in the whole batch.
     trace: keep the states on the way, -1 where masked.
   """
-  sampler: Literal['ancestral', 'maskgit', 'first_hitting', 'halton', 'remdm'] = 'maskgit'
+  sampler: Literal[
+      'ancestral', 'maskgit', 'first_hitting', 'confidence', 'halton', 'remdm'] = 'maskgit'
   steps: int = 12
+  reveal: int = 1
+  ratio: schedules.Ratio = 'cosine'
   grid: Literal['uniform', 'cosine'] = 'cosine'
   remask: schedules.Remask = 'cap'
   strength: float = 0.04
   temperature: float = 1.0
+  anneal: bool = False
   choice_temperature: float = 4.5
+  noise: Literal['choice', 'both'] = 'choice'
   top_k: int | None = None
   top_p: float | None = None
   guidance: float | None = None
@@ -53,31 +74,50 @@ class MaskedSettings(Settings):
   guidance_power: float = 1.0
   guidance_start: float = 0.0
   guidance_stop: float = 1.0
+  context_guidance: float | None = None
+  context_share: float = 0.3
+  cache: bool = False
   trace: bool = False
 
 
 def plan(settings: MaskedSettings, keys: Array, unknown: Bool[Array, 'b n'], grid: tuple[int, ...]
          ) -> tuple[dict[str, Array], Int[Array, 'b n'] | None]:
   """Per-step arrays, and the rank of every position where the order is fixed beforehand."""
+  if settings.noise not in ('choice', 'both'):
+    raise ValueError(f'noise={settings.noise!r} is not one of choice, both.')
+  if settings.reveal < 1:
+    raise ValueError(f'reveal={settings.reveal} must be at least 1.')
+  if settings.guidance is not None and settings.context_guidance is not None:
+    raise ValueError('guidance and context_guidance are each a second pass; leave one at none.')
   total, length = unknown.sum(-1), unknown.shape[1]
-  steps = length if settings.sampler == 'first_hitting' else settings.steps
+  steps = settings.steps
+  if settings.sampler in ('first_hitting', 'confidence'):
+    steps = -(-length // (settings.reveal if settings.sampler == 'confidence' else 1))
   if steps < 1:
     raise ValueError(f'{steps=} must be at least 1.')
-  plan, order = {'step': jnp.arange(steps)}, None
+  step = jnp.arange(steps)
+  plan, order = {'step': step}, None
   if settings.guidance is not None:
     plan['guidance'] = schedules.guidance(
         settings.guidance_schedule, settings.guidance, steps, power=settings.guidance_power,
         start=settings.guidance_start, stop=settings.guidance_stop)
+  if settings.anneal:
+    plan['heat'] = 0.5 + 0.8 * (1 - (step + 1) / steps)
   if settings.sampler == 'ancestral':
     plan['chance'] = jnp.asarray(schedules.unmasking(settings.grid, steps))
   elif settings.sampler == 'remdm':
     plan['chance'], plan['again'] = schedules.remasking(
         settings.remask, settings.grid, steps, settings.strength)
   elif settings.sampler == 'maskgit':
-    plan['left'] = schedules.remaining('cosine', steps, total)
-    plan['anneal'] = 1 - jnp.arange(1, steps + 1) / steps
+    plan['left'] = schedules.remaining(settings.ratio, steps, total)
+    plan['noise'] = settings.choice_temperature * (1 - (step + 1) / steps)
+  elif settings.sampler == 'confidence':
+    plan['left'] = jnp.maximum(total - settings.reveal * (step[:, None] + 1), 0)
+    # each row has its own number of steps; the published one is that of the longest row, 2 or more
+    last = jnp.maximum(-(-total // settings.reveal) - 1, 1)
+    plan['noise'] = settings.choice_temperature * jnp.maximum(1 - step[:, None] / last, 0)
   elif settings.sampler == 'first_hitting':
-    plan['left'] = jnp.maximum(total - 1 - jnp.arange(steps)[:, None], 0)
+    plan['left'] = jnp.maximum(total - 1 - step[:, None], 0)
     order = jax.vmap(lambda k: jax.random.permutation(k, length))(fold(fold(keys, 0), ORDER))
   elif settings.sampler == 'halton':
     if len(grid) != 2:
@@ -89,7 +129,7 @@ def plan(settings: MaskedSettings, keys: Array, unknown: Bool[Array, 'b n'], gri
     order = jnp.broadcast_to(length - 1 - visit, unknown.shape)
   else:
     raise ValueError(f'sampler={settings.sampler!r} is not one of ancestral, maskgit, '
-                     'first_hitting, halton, remdm.')
+                     'first_hitting, confidence, halton, remdm.')
   if order is not None:  # known positions rank last, so that counts are over unknown ones
     order = rank(jnp.where(unknown, order, length))
   return plan, order
@@ -98,7 +138,7 @@ def plan(settings: MaskedSettings, keys: Array, unknown: Bool[Array, 'b n'], gri
 def unmask(predict: Callable[..., Array], settings: MaskedSettings, plan: dict[str, Array],
            order: Int[Array, 'b n'] | None, *, keys: Array, given: Int[Array, 'b n'],
            unknown: Bool[Array, 'b n']
-           ) -> tuple[Int[Array, 'b n'], Int[Array, 't b n'] | None, int]:
+           ) -> tuple[Int[Array, 'b n'], Int[Array, 't b n'] | None, Int[Array, ''] | int]:
   """Draws the unknown tokens.
 
   Args:
@@ -111,42 +151,58 @@ def unmask(predict: Callable[..., Array], settings: MaskedSettings, plan: dict[s
   """
   size, length = given.shape
 
+  def each(keys, purpose, draw, **options):  # one number per position, from each row's own key
+    return jax.vmap(lambda k: draw(k, (length,), **options))(fold(keys, purpose))
+
   def step(state, now):
-    tokens, masked, surety = state
+    tokens, masked, surety, passes = state
     draws = fold(keys, now['step'])
-    scores = predict(tokens, masked, now)
-    shaped = processing.process(scores, temperature=settings.temperature, top_k=settings.top_k,
-                                top_p=settings.top_p)
-    fresh = processing.draw(shaped, fold(draws, TOKEN))
-    tokens = jnp.where(masked, fresh, tokens)  # known and revealed tokens are never touched
-    if settings.sampler in ('ancestral', 'remdm'):
-      coin, other = (jax.vmap(lambda k: jax.random.uniform(k, (length,)))(
-          fold(draws, purpose)) for purpose in (CHOICE, AGAIN))
-      left = masked & (coin >= now['chance'])
-      if settings.sampler == 'remdm':
-        again = now['again']
-        if surety is not None:  # of every token, when it was drawn
-          surety = jnp.where(masked, jnp.exp(log_prob(shaped, tokens)), surety)
-          again = again * jax.nn.softmax(jnp.where(masked | ~unknown, -1e9, -surety), -1)
-        left = left | (unknown & ~masked & (other < again))
-      masked = left
-    else:
-      if order is None:
-        # at temperature 0 every drawn token has probability 1: fall back on the raw one
+    left = None  # of what is masked, known before anything is predicted
+    if 'chance' in now:
+      left = masked & (each(draws, CHOICE, jax.random.uniform) >= now['chance'])
+    elif order is not None:
+      left = masked & (order < now['left'][:, None])
+
+    def reveal(tokens, surety):
+      scores = predict(tokens, masked, now)
+      warm = settings.temperature * now.get('heat', 1.0)
+      shaped = processing.process(
+          scores, temperature=warm * now['noise'] if 'noise' in now and settings.noise == 'both'
+          else warm, top_k=settings.top_k, top_p=settings.top_p)
+      fresh = processing.draw(shaped, fold(draws, TOKEN))
+      tokens = jnp.where(masked, fresh, tokens)  # known and revealed tokens are never touched
+      if surety is not None:  # of every token, when it was drawn
+        surety = jnp.where(masked, jnp.exp(log_prob(shaped, tokens)), surety)
+      if left is not None:
+        return tokens, left, surety
+      if settings.noise == 'both':
+        sure = pick(scores, tokens) / jnp.where(warm > 0, warm, 1.0)
+      else:  # at temperature 0 every drawn token has probability 1: fall back on the raw one
         sure = log_prob(jnp.where(settings.temperature > 0, shaped, scores), tokens)
-        noise = jax.vmap(lambda k: jax.random.gumbel(k, (length,), mode='high'))(
-            fold(draws, CHOICE))
-        place = rank(jnp.where(
-            masked, sure + settings.choice_temperature * now['anneal'] * noise, jnp.inf))
-      else:
-        place = order
-      masked = masked & (place < now['left'][:, None])
-    return (tokens, masked, surety), jnp.where(masked, -1, tokens) if settings.trace else None
+      noise = now['noise'][..., None] * each(draws, CHOICE, jax.random.gumbel, mode='high')
+      place = rank(jnp.where(masked, sure + noise, jnp.inf))
+      return tokens, masked & (place < now['left'][:, None]), surety
+
+    if settings.cache:
+      some = (masked.sum(-1) > (now['left'] if left is None else left.sum(-1))).any()
+      tokens, after, surety = jax.lax.cond(
+          some, reveal, lambda tokens, surety: (tokens, masked, surety), tokens, surety)
+      passes = passes + some
+    else:
+      tokens, after, surety = reveal(tokens, surety)
+    if 'again' in now:
+      again = now['again']
+      if surety is not None:
+        again = again * jax.nn.softmax(jnp.where(masked | ~unknown, -1e9, -surety), -1)
+      after = after | (unknown & ~masked & (each(draws, AGAIN, jax.random.uniform) < again))
+    return ((tokens, after, surety, passes),
+            jnp.where(after, -1, tokens) if settings.trace else None)
 
   sureties = settings.sampler == 'remdm' and settings.remask == 'conf'
-  (tokens, _, _), states = jax.lax.scan(
-      step, (given, unknown, jnp.ones((size, length)) if sureties else None), plan)
-  return tokens, states, len(plan['step'])
+  (tokens, _, _, passes), states = jax.lax.scan(
+      step, (given, unknown, jnp.ones((size, length)) if sureties else None,
+             jnp.zeros((), jnp.int32) if settings.cache else None), plan)
+  return tokens, states, len(plan['step']) if passes is None else passes
 
 
 def fold(keys: Array, data: Array | int) -> Array:
@@ -156,6 +212,12 @@ def fold(keys: Array, data: Array | int) -> Array:
 def rank(score: Float[Array, 'b n'] | Int[Array, 'b n']) -> Int[Array, 'b n']:
   """The place of every entry when the row is sorted; ties have places of their own."""
   return jnp.argsort(jnp.argsort(score, -1), -1)
+
+
+def subset(noise: Float[Array, 'b n'], count: Int[Array, 'b'], among: Bool[Array, 'b n']
+           ) -> Bool[Array, 'b n']:
+  """`count` of the positions `among` in every row; noise is uniform in [0, 1)."""
+  return (rank(jnp.where(among, noise, 2)) < count[:, None]) & among
 
 
 def pick(scores: Float[Array, 'b n v'], tokens: Int[Array, 'b n']) -> Float[Array, 'b n']:

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from smalti.generators import masked as masked_module, schedules
+from smalti.generators import masking, schedules
 from smalti.generators.generator import example_keys, generate
 from smalti.generators.masked import Masked, MaskedConfig, MaskedSettings
 from smalti.generators.tabular import conditionals
@@ -29,7 +29,7 @@ PAIRS = jnp.array(list(itertools.product(range(2), repeat=2)), jnp.int32)[..., N
 INDEPENDENT = np.outer([.5, .5], [.6, .4])
 ENTROPY, INFORMATION = 1.2798542258, .0863046217
 SCHEDULES = ('linear', 'cosine', 'polynomial', 'geometric')
-SAMPLERS = ('ancestral', 'maskgit', 'first_hitting', 'halton', 'remdm')
+SAMPLERS = ('ancestral', 'maskgit', 'first_hitting', 'confidence', 'halton', 'remdm')
 
 
 def config(**options) -> MaskedConfig:
@@ -135,7 +135,9 @@ def test_bound_counts_what_geometric_leaves_visible():
 @pytest.mark.parametrize('options', (
     {'schedule': 'linear'}, {'schedule': 'cosine'}, {'schedule': 'polynomial'},
     {'schedule': 'geometric'}, {'objective': 'maskgit'},
-    {'objective': 'maskgit', 'ratio': 'arccos'}, {'objective': 'maskgit', 'ratio': 'linear'}),
+    {'objective': 'maskgit', 'ratio': 'arccos'}, {'objective': 'maskgit', 'ratio': 'linear'},
+    {'objective': 'maskgit', 'counts': 'round'},
+    {'objective': 'maskgit', 'ratio': 'arccos', 'counts': 'bernoulli'}),
     ids=lambda options: '-'.join(options.values()))
 def test_training_metric_is_an_unbiased_bound(options):
   model = Exact(PAIR, P, **options)
@@ -170,6 +172,28 @@ def test_label_smoothing_spreads_over_possible_codes_only():
     value, aux = model.loss({'tokens': tokens}, step=jnp.array(0), key=jax.random.key(i))
     assert np.isfinite(value) and 0 <= value <= math.log(3) + 1e-6
     assert aux['weight'] == aux['weight'].astype(int) >= 4  # hidden tokens
+
+
+def test_cross_entropy_of_visible_tokens_has_its_weight():
+  """(1 - e) -log p + e mean of -log p, over hidden tokens and at the weight over visible ones."""
+  seen, spec = [], TokenSpec(grid=(6,), vocab=(5,))
+
+  class Watched(Masked):
+    def scores(self, tokens, masked, labels, **options):
+      scores = super().scores(tokens, masked, labels, **options)
+      seen.append((np.asarray(masked), np.asarray(jax.nn.log_softmax(scores))))
+      return scores
+
+  tokens = jax.random.randint(jax.random.key(3), (4, 6, 1), 0, 5)
+  for weight in (0., .1, 1.):
+    model = randomised(Watched(config(
+        objective='maskgit', visible=weight, label_smoothing=.2), spec, rngs=nnx.Rngs(0)))
+    value, aux = model.loss({'tokens': tokens}, step=jnp.array(0), key=jax.random.key(0))
+    masked, log = seen[-1]
+    smoothed = -.8 * np.take_along_axis(log, np.asarray(tokens), -1)[..., 0] - .2 * log.mean(-1)
+    share = np.where(masked, 1, weight)
+    np.testing.assert_allclose(value, (share * smoothed).sum() / share.sum(), rtol=1e-5)
+    np.testing.assert_allclose(aux['weight'], share.sum(), rtol=1e-6)
 
 
 def test_loss_is_per_valid_token():
@@ -218,7 +242,7 @@ def test_prediction_does_not_read_hidden_tokens_and_tells_positions_apart():
 @pytest.mark.parametrize('schedule', SCHEDULES)
 def test_the_last_step_to_the_clean_end_is_part_of_the_bound(schedule, monkeypatch):
   """For a context-free predictor all discretisations have one bound, however long that step is."""
-  monkeypatch.setattr(masked_module, 'FLOOR', .3)
+  monkeypatch.setattr(masking, 'FLOOR', .3)
   model = Blind(PAIR, P, schedule=schedule)
   truth = model.elbo({'tokens': PAIRS}, mode='enumerate')
   draws = jax.jit(jax.vmap(lambda key: model.elbo(
@@ -329,7 +353,7 @@ def test_masks_shrink_to_nothing_and_known_tokens_stay(sampler, steps):
   for now, then in zip(states[:-1], states[1:]):
     if sampler != 'remdm':  # revealed tokens are final
       np.testing.assert_array_equal(then[now >= 0], now[now >= 0])
-  assert sample.nfe == (12 if sampler == 'first_hitting' else steps)
+  assert sample.nfe == (12 if sampler in ('first_hitting', 'confidence') else steps)
 
 
 def test_masking_again_with_no_strength_is_ancestral():

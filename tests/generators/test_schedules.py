@@ -7,7 +7,7 @@ import pytest
 
 from smalti.generators import schedules
 
-NAMES = ('linear', 'cosine', 'polynomial', 'geometric')
+NAMES = ('linear', 'cosine', 'arccos', 'polynomial', 'geometric')
 
 
 @pytest.mark.parametrize('name', NAMES)

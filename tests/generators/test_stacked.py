@@ -40,6 +40,8 @@ def build(name):
   """A network that says something: its head is not zero, and what it reads is large."""
   model = config(name).build(SPECS[name], rngs=nnx.Rngs(0))
   nnx.update(model.token, jax.tree.map(lambda leaf: 20 * leaf, nnx.state(model.token)))
+  nnx.update(model.transformer.blocks, jax.tree.map(  # kernels, not gains
+      lambda leaf: 10 * leaf if leaf.ndim > 2 else leaf, nnx.state(model.transformer.blocks)))
   model.head.kernel[...] = .6 * jax.random.normal(jax.random.key(1), model.head.kernel.shape)
   return model
 

@@ -1,0 +1,96 @@
+"""Which tokens training and the bound of a masked model hide, and with what weight.
+
+Every draw returns masks [b, n] and weights [b] with which `weight * sum over hidden of -log p` is
+an unbiased estimate of the bound, because for every schedule that is
+
+    -ELBO = sum_m 1/m mean over sets M of m tokens of [sum over i in M of -log p(x_i | the others)].
+
+`real` are the tokens there are; `u` is uniform in [0, 1), one per row.
+"""
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from smalti.generators import schedules
+from smalti.generators.unmasking import subset
+
+Counts = Literal['ceil', 'round', 'bernoulli']
+# The time below which the bound takes one discrete step to the clean end: w(t) grows like 1/t there
+# and its variance with it. MDLM cuts at the same time and drops the rest; this keeps a bound.
+FLOOR = 1e-3
+ENUMERABLE = 12  # positions whose 2^N masks `every` may list
+
+
+def by_time(key: Array, u: Float[Array, 'b'], real: Bool[Array, 'b n'],
+            schedule: schedules.Schedule, steps: int | None = None
+            ) -> tuple[Bool[Array, 'b n'], Float[Array, 'b']]:
+  """Hides each token with probability 1 - alpha(t), t from u; weight w(t)."""
+  if steps is None:  # [0, FLOOR] is one discrete step, taken with probability FLOOR
+    chance = schedule.masked(jnp.maximum(u, FLOOR))
+    weight = jnp.where(u < FLOOR, 1 / FLOOR, schedule.weight(jnp.maximum(u, FLOOR)))
+  else:
+    step = jnp.minimum(jnp.floor(u * steps), steps - 1)
+    chance = schedule.masked((step + 1) / steps)
+    before = jnp.where(step == 0, 0, schedule.masked(step / steps))
+    weight = steps * (chance - before) / chance
+  return (jax.random.uniform(key, real.shape) < chance[:, None]) & real, weight
+
+
+def by_count(key: Array, u: Float[Array, 'b'], real: Bool[Array, 'b n']
+             ) -> tuple[Bool[Array, 'b n'], Float[Array, 'b']]:
+  """Hides m ~ U{1..n} of the n real tokens; weight n / m."""
+  total = real.sum(-1)
+  count = jnp.clip(1 + jnp.floor(u * total).astype(jnp.int32), 1, jnp.maximum(total, 1))
+  return subset(jax.random.uniform(key, real.shape), count, real), total / count
+
+
+def by_ratio(key: Array, u: Float[Array, 'b'], real: Bool[Array, 'b n'], ratio: schedules.Ratio,
+             counts: Counts) -> tuple[Bool[Array, 'b n'], Float[Array, 'b']]:
+  """Hides gamma(u) n tokens, rounded as `counts` says; weight 1 / (m q(m)), q the chance of m."""
+  if counts == 'bernoulli':  # that is the diffusion with alpha(t) = 1 - gamma(1 - t)
+    return by_time(key, u, real, schedules.named(ratio))
+  total = jnp.maximum(real.sum(-1), 1)
+  wanted = schedules.ratio(ratio, u) * total
+  inverse: Any = {'cosine': lambda g: jnp.arccos(g) * 2 / math.pi,
+                  'arccos': lambda g: jnp.cos(math.pi / 2 * g), 'linear': lambda g: 1 - g}[ratio]
+  if counts == 'ceil':
+    count = jnp.clip(jnp.ceil(wanted), 1, total)
+    low, high = count - 1, count
+  else:
+    count = jnp.clip(jnp.round(wanted), 1, total)
+    low = jnp.where(count == 1, 0, count - 0.5)
+    high = jnp.where(count == total, total, count + 0.5)
+  chance = inverse(low / total) - inverse(high / total)
+  masked = subset(jax.random.uniform(key, real.shape), count.astype(jnp.int32), real)
+  return masked, 1 / (count * chance)
+
+
+def every(real: Bool[Array, 'b n'], schedule: schedules.Schedule, steps: int | None
+          ) -> tuple[Bool[Array, 'm n'], Float[Array, 'm b']]:
+  """All masks, and the weight of each for each example.
+
+  Raises:
+    ValueError: too many positions.
+  """
+  length = real.shape[1]
+  if length > ENUMERABLE:
+    raise ValueError(f"mode='enumerate' is for {ENUMERABLE} positions at most, "
+                     f"got {length}; use 'count'.")
+  masks = (np.arange(1, 2**length)[:, None] >> np.arange(length)) & 1 == 1
+  size = jnp.asarray(masks.sum(-1))[:, None]
+  total = real.sum(-1)
+  if steps is None:
+    choose = np.array([[math.comb(n, m) for m in range(length + 1)] for n in range(length + 1)])
+    weight = 1 / (size * jnp.maximum(jnp.asarray(choose)[total, size], 1))
+  else:
+    masked = schedule.masked(jnp.arange(1, steps + 1) / steps)
+    before = jnp.concatenate([jnp.zeros(1), masked[:-1]])
+    factor, chance = ((masked - before) / masked)[:, None, None], masked[:, None, None]
+    weight = (factor * chance**size * (1 - chance) ** jnp.maximum(total - size, 0)).sum(0)
+  inside = ~(masks[:, None] & ~real).any(-1)
+  return jnp.asarray(masks), jnp.where(inside, weight, 0)
