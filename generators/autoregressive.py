@@ -144,7 +144,7 @@ class Autoregressive(Generator):
     logits = self._logits(tokens, label, keys[1:] if train else None, order, text)
     valid = self._valid(tokens).astype(jnp.float32)
     count = jnp.sum(valid)
-    nll = jnp.sum(valid * _nll(logits, tokens)) / count
+    nll = -jnp.sum(valid * ids.log_prob(logits, tokens)) / count
     hits = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0] >= jnp.max(logits, -1)
     metrics = {'nll': nll, 'bits_per_token': nll / math.log(2),
                'accuracy': jnp.sum(valid * hits) / count}
@@ -167,7 +167,7 @@ class Autoregressive(Generator):
       tokens = jnp.take_along_axis(tokens, order, 1)
     logits = self._logits(tokens, self._label(batch, tokens.shape[0]), None, order,
                           self._read(batch, len(tokens)))
-    return -jnp.sum(self._valid(tokens) * _nll(logits, tokens), -1)
+    return jnp.sum(self._valid(tokens) * ids.log_prob(logits, tokens), -1)
 
   def hidden(self, tokens: Int[Array, 'b n d'], *, blocks: tuple[int, ...],
              keys: Array | None = None, noise: float = 0.0) -> list[Float[Array, 'b m c']]:
@@ -276,7 +276,7 @@ class Autoregressive(Generator):
       logits = ids.process(logits, temperature=settings.temperature, top_k=settings.top_k,
                            typical=settings.typical, top_p=settings.top_p, min_p=settings.min_p)
       new = ids.draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
-      log_prob -= jnp.where(clamp | done, 0, _nll(logits, new))
+      log_prob += jnp.where(clamp | done, 0, ids.log_prob(logits, new))
       if self.flat.eos is not None:
         new = jnp.where(done, self.flat.eos, new)
       new = jnp.where(clamp, old, new)
@@ -331,7 +331,7 @@ class Autoregressive(Generator):
     def step(state, now):
       i, code = now
       logits, entries = self.advance(*state, label, i, layers)
-      return (entries, code), (_nll(logits, code), jnp.argmax(logits, -1))
+      return (entries, code), (-ids.log_prob(logits, code), jnp.argmax(logits, -1))
 
     empty = self.transformer.cache(len(tokens), self.flat.length, cache)
     _, found = jax.lax.scan(
@@ -500,9 +500,3 @@ def segments(start: int, length: int) -> list[int]:
   count = max(1, min(4, length // 64))
   ends = [length * (i + 1) // count for i in range(count)]
   return [end for end in ends if end > start]
-
-
-def _nll(logits: Float[Array, '*b v'], tokens: Int[Array, '*b']) -> Float[Array, '*b']:
-  """-log softmax(logits)[token], in float32."""
-  log = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
-  return -jnp.take_along_axis(log, tokens[..., None], -1)[..., 0]

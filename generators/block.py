@@ -31,6 +31,8 @@ from smalti.generators.generator import (
     Sample,
     Settings,
     check_request,
+    fold,
+    rank,
     read_labels,
     settings,
 )
@@ -199,8 +201,8 @@ class BlockDiffusion(Generator):
       masked, weight = self._count_mask(hide, u)
       unbiased = weight
     scores = self.scores(tokens, masked, labels, key=inner, train=train)
-    nll = jnp.where(masked, -_log_prob(scores, tokens), 0)
-    hits = masked & (_pick(scores, tokens) >= jnp.max(scores, -1))
+    nll = jnp.where(masked, -processing.log_prob(scores, tokens), 0)
+    hits = masked & (processing.pick(scores, tokens) >= jnp.max(scores, -1))
     each = self._split(nll).sum(-1)
     valid = self.flat.valid(tokens[..., None]).sum()
     value, bound = ((w * each).sum() / valid for w in (weight, unbiased))
@@ -233,7 +235,7 @@ class BlockDiffusion(Generator):
         u = (draw + jax.random.uniform(first, shape[:2])) / samples
         masked, weight = self._count_mask(second, u)
         weight = weight / samples
-      logp = _log_prob(self.scores(tokens, masked, labels), tokens)
+      logp = processing.log_prob(self.scores(tokens, masked, labels), tokens)
       each = self._split(jnp.where(masked, logp, 0)).sum(-1)
       return total + (weight * each).sum(-1), None
 
@@ -274,8 +276,8 @@ class BlockDiffusion(Generator):
     """Hides m ~ U{1..L'} codes of each block; weight L' / m."""
     size = self.block_size
     count = jnp.clip(1 + jnp.floor(u * size).astype(jnp.int32), 1, size)
-    rank = _rank(jax.random.uniform(key, (*u.shape, size)))
-    return (rank < count[..., None]).reshape(len(u), self.flat.length), size / count
+    place = rank(jax.random.uniform(key, (*u.shape, size)))
+    return (place < count[..., None]).reshape(len(u), self.flat.length), size / count
 
   def _enumerated(self) -> tuple[Bool[Array, 'm l'], Float[Array, 'm']]:
     """All masks of a block but the empty one, and their weights."""
@@ -328,7 +330,7 @@ class BlockDiffusion(Generator):
     def run_block(state):
       b, tokens, cache, ended, passes = state
       cut = lambda x, b=b: jax.lax.dynamic_slice_in_dim(x, b * width, width, 1)  # noqa: E731
-      draws, codes, masked = _fold(keys, b), cut(tokens), cut(unknown)
+      draws, codes, masked = fold(keys, b), cut(tokens), cut(unknown)
       if self.flat.eos is not None:  # whatever is unknown after an EOS is one
         codes = jnp.where(masked & ended[:, None], self.flat.eos, codes)
         masked = masked & ~ended[:, None]
@@ -347,7 +349,7 @@ class BlockDiffusion(Generator):
           eos = jnp.arange(scores.shape[-1]) == self.flat.eos
           scores = processing.restrict(scores, ~(no_end[..., None] & eos))
         now = jax.tree.map(lambda x: x[step], plan)
-        return cache, *_reveal(settings, now, order, _fold(draws, step), scores, codes, masked)
+        return cache, *_reveal(settings, now, order, fold(draws, step), scores, codes, masked)
 
       cache, codes, masked = run_pass(0, cache, codes, masked, cut(tokens, b - 1))
 
@@ -427,10 +429,10 @@ class BlockDiffusion(Generator):
     if settings.sampler != 'first_hitting':
       raise ValueError(
           f'sampler={settings.sampler!r} is not one of first_hitting, ancestral, maskgit.')
-    order = jax.vmap(lambda k: jax.random.permutation(k, steps))(_fold(_fold(keys, steps), ORDER))
+    order = jax.vmap(lambda k: jax.random.permutation(k, steps))(fold(fold(keys, steps), ORDER))
     # known positions rank last, so that counts are over unknown ones
     return ({'left': jnp.maximum(total - 1 - jnp.arange(steps)[:, None], 0)},
-            _rank(jnp.where(masked, order, steps)))
+            rank(jnp.where(masked, order, steps)))
 
   def _endless(self, given: Array, unknown: Array) -> Bool[Array, 'b n'] | None:
     """Where a known code further on says that the string has not ended yet."""
@@ -518,33 +520,15 @@ def _reveal(settings: BlockDiffusionSettings, now: dict[str, Array], order: Arra
   """Draws all hidden codes of a block and keeps some of them: the codes, and what stays hidden."""
   shaped = processing.process(scores, temperature=settings.temperature, top_k=settings.top_k,
                               top_p=settings.top_p)
-  tokens = jnp.where(masked, processing.draw(shaped, _fold(keys, TOKEN)), tokens)
-  choices = _fold(keys, CHOICE)
+  tokens = jnp.where(masked, processing.draw(shaped, fold(keys, TOKEN)), tokens)
+  choices = fold(keys, CHOICE)
   if settings.sampler == 'ancestral':
     coin = jax.vmap(lambda k: jax.random.uniform(k, masked.shape[1:]))(choices)
     return tokens, masked & (coin >= now['chance'])
   if settings.sampler == 'maskgit':
     # at temperature 0 every drawn token has probability 1: fall back on the raw one
-    sure = _log_prob(jnp.where(settings.temperature > 0, shaped, scores), tokens)
+    sure = processing.log_prob(jnp.where(settings.temperature > 0, shaped, scores), tokens)
     noise = jax.vmap(lambda k: jax.random.gumbel(k, masked.shape[1:], mode='high'))(choices)
     sure = sure + settings.choice_temperature * now['anneal'] * noise
-    order = _rank(jnp.where(masked, sure, jnp.inf))
+    order = rank(jnp.where(masked, sure, jnp.inf))
   return tokens, masked & (order < now['left'][:, None])
-
-
-def _fold(keys: Array, data: Array | int) -> Array:
-  return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
-
-
-def _rank(score: Array) -> Int[Array, '*b l']:
-  """The place of every entry when the row is sorted; ties have places of their own."""
-  return jnp.argsort(jnp.argsort(score, -1), -1)
-
-
-def _pick(scores: Float[Array, '*b v'], tokens: Int[Array, '*b']) -> Float[Array, '*b']:
-  return jnp.take_along_axis(scores, tokens[..., None], -1)[..., 0]
-
-
-def _log_prob(scores: Float[Array, '*b v'], tokens: Int[Array, '*b']) -> Float[Array, '*b']:
-  """log softmax(scores) at the tokens, without a second array of the shape of the scores."""
-  return _pick(scores, tokens) - jax.nn.logsumexp(scores, -1)

@@ -187,8 +187,7 @@ class Delay(Generator):
       drawn = jnp.broadcast_to(there[s], new.shape)
       if fixed is not None:
         drawn = drawn & ~fixed[:, s]
-      score = jnp.take_along_axis(jax.nn.log_softmax(logits), new[..., None], -1)[..., 0]
-      log_prob += jnp.where(drawn, score, 0).sum(-1)
+      log_prob += jnp.where(drawn, ids.log_prob(logits, new), 0).sum(-1)
       new = jnp.where(drawn, new, laid[:, s])
       laid = jax.lax.dynamic_update_slice_in_dim(laid, new[:, None], s, 1)
       x = self._embed(jnp.repeat(new, 2, 0) if guided else new)[:, None]
@@ -223,9 +222,8 @@ class Delay(Generator):
                          key=None if keys is None else keys[1], train=keys is not None)
     logits = constrain(self.head(y), 'b n v')
     logits = logits.reshape(*laid.shape, self.vocab)
-    log = jax.nn.log_softmax(ids.restrict(logits, self.spec.support()), -1)
     safe = jnp.minimum(laid, self.vocab - 1)  # cells without a code are not lifted
-    return -self.pattern.lift(jnp.take_along_axis(log, safe[..., None], -1)[..., 0])
+    return -self.pattern.lift(ids.log_prob(ids.restrict(logits, self.spec.support()), safe))
 
   def _embed(self, codes: Int[Array, '*b d']) -> Float[Array, '*b c']:
     """The sum over the codes of a step."""

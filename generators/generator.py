@@ -164,3 +164,13 @@ def example_keys(seed: int | Array, index: Int[Array, 'b']) -> Array:
   """One key per example from a seed (or key) and the examples' global indices."""
   root = jax.random.key(seed) if not hasattr(seed, 'dtype') else seed
   return jax.vmap(lambda i: jax.random.fold_in(root, i))(index)
+
+
+def fold(keys: Array, data: Array | int) -> Array:
+  """Every example's key with a step or purpose folded in."""
+  return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+
+
+def rank(score: Float[Array, 'b n'] | Int[Array, 'b n']) -> Int[Array, 'b n']:
+  """The place of every entry when the row is sorted; ties have places of their own."""
+  return jnp.argsort(jnp.argsort(score, -1), -1)

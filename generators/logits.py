@@ -158,3 +158,14 @@ def first(hits: Bool[Array, '*b v']) -> Int[Array, '*b']:
   size = hits.shape[-1]
   place = jnp.arange(size, dtype=jnp.int32)
   return jnp.min(jnp.where(hits, place, size - 1), -1)
+
+
+def pick(logits: Float[Array, '*b v'], tokens: Int[Array, '*b']) -> Float[Array, '*b']:
+  """The logit of each token."""
+  return jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+
+
+def log_prob(logits: Float[Array, '*b v'], tokens: Int[Array, '*b']) -> Float[Array, '*b']:
+  """log softmax(logits) at the tokens in float32, without a second array of the logits' shape."""
+  logits = logits.astype(jnp.float32)
+  return pick(logits, tokens) - jax.nn.logsumexp(logits, -1)

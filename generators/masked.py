@@ -23,9 +23,10 @@ from smalti.generators.generator import (
     GeneratorConfig,
     Sample,
     check_request,
+    fold,
     read_labels,
 )
-from smalti.generators.unmasking import MaskedSettings, log_prob, pick
+from smalti.generators.unmasking import MaskedSettings
 from smalti.networks.layers import Embedding, Linear, constrain
 from smalti.networks.transformer import Transformer, TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
@@ -245,9 +246,9 @@ class Masked(Generator):
     else:
       masked, weight = masking.by_ratio(second, u, real, self.ratio, self.counts)
     scores = self.scores(tokens, masked | ~real, labels, key=inner, train=train)
-    each = -log_prob(scores, tokens)
+    each = -processing.log_prob(scores, tokens)
     nll = jnp.where(masked, each, 0)
-    hits = masked & (pick(scores, tokens) >= jnp.max(scores, -1))
+    hits = masked & (processing.pick(scores, tokens) >= jnp.max(scores, -1))
     hidden = jnp.maximum(masked.sum(), 1)
     valid = (self.flat.valid(tokens[..., None])[..., 0] & real).sum()
     # of the spec, whatever is inside
@@ -306,7 +307,7 @@ class Masked(Generator):
       else:
         masked, weight = draw(x[0])
         weight = weight / samples
-      logp = log_prob(self.scores(tokens, masked | ~real, labels), tokens)
+      logp = processing.log_prob(self.scores(tokens, masked | ~real, labels), tokens)
       return total - weight * jnp.where(masked, logp, 0).sum(-1), None
 
     total, _ = jax.lax.scan(add, constant, (masks, weights))
@@ -347,7 +348,7 @@ class Masked(Generator):
     def predict(tokens, masked, now):
       poor = None
       if scale is not None:
-        draws = unmasking.fold(unmasking.fold(keys, now['step']), unmasking.CONTEXT)
+        draws = fold(fold(keys, now['step']), unmasking.CONTEXT)
         poor = masked | self._context(draws, tokens, masked, settings.context_share)
       scores = self._guided(tokens, masked, labels, now.get('guidance', scale), poor)
       scores = processing.restrict(scores, self.allowed(tokens, masked))

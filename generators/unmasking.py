@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from smalti.generators import logits as processing, schedules
-from smalti.generators.generator import Settings, settings
+from smalti.generators.generator import Settings, fold, rank, settings
 
 TOKEN, CHOICE, ORDER, AGAIN, CONTEXT = range(5)  # purposes folded into a sample's keys
 
@@ -172,13 +172,13 @@ def unmask(predict: Callable[..., Array], settings: MaskedSettings, plan: dict[s
       fresh = processing.draw(shaped, fold(draws, TOKEN))
       tokens = jnp.where(masked, fresh, tokens)  # known and revealed tokens are never touched
       if surety is not None:  # of every token, when it was drawn
-        surety = jnp.where(masked, jnp.exp(log_prob(shaped, tokens)), surety)
+        surety = jnp.where(masked, jnp.exp(processing.log_prob(shaped, tokens)), surety)
       if left is not None:
         return tokens, left, surety
       if settings.noise == 'both':
-        sure = pick(scores, tokens) / jnp.where(warm > 0, warm, 1.0)
+        sure = processing.pick(scores, tokens) / jnp.where(warm > 0, warm, 1.0)
       else:  # at temperature 0 every drawn token has probability 1: fall back on the raw one
-        sure = log_prob(jnp.where(settings.temperature > 0, shaped, scores), tokens)
+        sure = processing.log_prob(jnp.where(settings.temperature > 0, shaped, scores), tokens)
       noise = now['noise'][..., None] * each(draws, CHOICE, jax.random.gumbel, mode='high')
       place = rank(jnp.where(masked, sure + noise, jnp.inf))
       return tokens, masked & (place < now['left'][:, None]), surety
@@ -205,25 +205,7 @@ def unmask(predict: Callable[..., Array], settings: MaskedSettings, plan: dict[s
   return tokens, states, len(plan['step']) if passes is None else passes
 
 
-def fold(keys: Array, data: Array | int) -> Array:
-  return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
-
-
-def rank(score: Float[Array, 'b n'] | Int[Array, 'b n']) -> Int[Array, 'b n']:
-  """The place of every entry when the row is sorted; ties have places of their own."""
-  return jnp.argsort(jnp.argsort(score, -1), -1)
-
-
 def subset(noise: Float[Array, 'b n'], count: Int[Array, 'b'], among: Bool[Array, 'b n']
            ) -> Bool[Array, 'b n']:
   """`count` of the positions `among` in every row; noise is uniform in [0, 1)."""
   return (rank(jnp.where(among, noise, 2)) < count[:, None]) & among
-
-
-def pick(scores: Float[Array, 'b n v'], tokens: Int[Array, 'b n']) -> Float[Array, 'b n']:
-  return jnp.take_along_axis(scores, tokens[..., None], -1)[..., 0]
-
-
-def log_prob(scores: Float[Array, 'b n v'], tokens: Int[Array, 'b n']) -> Float[Array, 'b n']:
-  """log softmax(scores) at the tokens, without a second array of [b, n, v]."""
-  return pick(scores, tokens) - jax.nn.logsumexp(scores, -1)

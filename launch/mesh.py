@@ -28,8 +28,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'up/kernel', ('fsdp', 'tensor')),                                     # [c, hidden]
     (r'down/kernel', ('tensor', 'fsdp')),                                   # [hidden, c]
     (r'head/kernel', ('fsdp', 'tensor')),                                   # [c, v]
+    (r'components/kernel', ('fsdp', 'tensor', None)),                       # [c, m, r]
     (r'embedding', ('fsdp',)),                                              # [v, c]
-    (r'(codebook|total|count|basis|age|average)', ()),
+    (r'(codebook|vectors|total|count|basis|age|average)', ()),
     (r'kernel', ()),                                                        # convolutions
     (r'(bias|scale)', ()),
 )

@@ -20,6 +20,7 @@ from smalti.data import pipeline
 from smalti.generators.generator import GeneratorConfig
 from smalti.launch import (
   cli,
+  codebooks,
   mesh as meshes,
   optimizer as optimizers,
   perceptual,
@@ -131,13 +132,19 @@ class Job:
       return self._prepare(state, copied)
 
   def _prepare(self, state: dict, copied: set[str]) -> dict:
-    """Data-dependent initialisation from batch 0, sparing leaves that came from another run."""
+    """Data-dependent initialisation from batch 0, sparing leaves that came from another run.
+
+    A generator with `vectors` is given those of its tokenizer, whatever run the rest came from.
+    """
     if not hasattr(self.structure.merge(state['params'], state['buffers']), 'prepare'):
       return state
+    copied = copied - {'vectors'}
 
     def prepare(params, buffers, batch, key, frozen):
-      model = self.structure.merge(params, buffers)
-      model.prepare(steps.inputs(batch, frozen), key=key)
+      model, given = self.structure.merge(params, buffers), steps.inputs(batch, frozen)
+      if hasattr(model, 'vectors'):
+        given = {**given, 'vectors': codebooks.vectors(frozen['tokenizer'])}
+      model.prepare(given, key=key)
       return self.structure.split(model)
 
     batch = next(self.batches(0))

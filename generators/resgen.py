@@ -1,0 +1,490 @@
+"""ResGen: masked diffusion over residual codes, which predicts sums of their vectors.
+
+Kim et al. 2024, arXiv 2412.10208. A position has D codes, coarse first, and its vector is the sum
+of theirs. Hidden are always the deepest k_i codes of position i, with k drawn from a multivariate
+hypergeometric law; a bidirectional transformer reads the sum of the visible vectors and predicts
+the sum of the hidden ones, as a mixture of Gaussians: one draw for all hidden codes of a position,
+so that the number of passes depends neither on positions nor on depth. The drawn sum is quantized
+again, greedily, into the hidden codes, and the surest of them are kept.
+
+What the model has is a density of sums, in nats per channel (`nll_z_per_dim`). It is not a
+likelihood of codes, which would be its integral over their cells: there is no `elbo`, no
+`log_prob`, and nothing in bits. No code was published; what the paper leaves open is listed in
+docs/resgen.md.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from smalti.generators import logits as processing, schedules
+from smalti.generators.generator import (
+    Generator,
+    GeneratorConfig,
+    Sample,
+    Settings,
+    check_request,
+    fold,
+    rank,
+    read_labels,
+    settings,
+)
+from smalti.networks.layers import Embedding, Linear, constrain
+from smalti.networks.transformer import Transformer, TransformerConfig
+from smalti.tokenizers.spec import TokenSpec
+
+HIGHEST = jax.lax.Precision.HIGHEST  # TF32 would move a mean by half of the narrowest deviation
+CHUNK = 64  # components whose densities, [b, n, chunk, c] numbers, are in memory at once
+COMPONENT, NOISE, CHOICE = range(3)  # purposes folded into a sample's keys
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ResGenConfig(GeneratorConfig):
+  """A bidirectional transformer with a mixture of Gaussians at every position.
+
+  Args:
+    transformer: with `modulated` the class enters by adaLN, otherwise as a prefix token; `axes` is
+      0, 1 (the raster index) or the number of axes of the grid.
+    channels: c, of the tokenizer's code vectors, which training copies into the model.
+    components: M, Gaussians of a mixture; not published.
+    rank: numbers that say a component's mean, in a basis of so many directions; not published.
+    classes: number of labels; 0 is unconditional.
+    label_dropout: chance per example of training on the null label, which guidance needs.
+    objective: 'exact' is -log of the mixture's density, 'split' a bound of it (published) that pays
+      every component for its own distance, which keeps all of them alive.
+    ratio: hidden share of the codes at u ~ U(0, 1).
+    floor: of log sigma, in standardised units: sums of codes are points, whose density has no
+      upper bound.
+  """
+  transformer: TransformerConfig
+  channels: int
+  components: int = 1024
+  rank: int = 64
+  classes: int = 0
+  label_dropout: float = 0.1
+  objective: Literal['exact', 'split'] = 'exact'
+  ratio: schedules.Ratio = 'cosine'
+  floor: float = -7.0
+
+  def build(self, spec: TokenSpec, *, rngs: nnx.Rngs) -> 'ResGen':
+    return ResGen(self, spec, rngs=rngs)
+
+
+@settings
+class ResGenSettings(Settings):
+  """How to sample.
+
+  Args:
+    steps: passes over the tokens (published: 63 for 64 positions of 16 codes).
+    ratio: hidden share of the codes over the steps.
+    temperature: divides the logits of the components; 0 takes the likeliest.
+    top_k, top_p: truncation of the components; None is off.
+    noise: multiplies the deviations of the drawn component; 0 draws its mean.
+    choice_temperature: Gumbel noise on the confidence, annealed to 0. Large values draw the counts
+      from the reverse of the masking; 4.5 is MaskGIT's.
+    guidance: s in u + s (c - u) of component logits, means and log deviations; 1 is unguided, None
+      is one pass without the null label.
+    guidance_schedule: see `schedules.guidance`, with its power, start and stop.
+    trace: keep the states on the way, -1 where hidden.
+  """
+  steps: int = 16
+  ratio: schedules.Ratio = 'cosine'
+  temperature: float = 1.0
+  top_k: int | None = None
+  top_p: float | None = None
+  noise: float = 1.0
+  choice_temperature: float = 4.5
+  guidance: float | None = None
+  guidance_schedule: schedules.Guidance = 'constant'
+  guidance_power: float = 1.0
+  guidance_start: float = 0.0
+  guidance_stop: float = 1.0
+  trace: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+  """sum_m pi_m N(mu_m, diag sigma_m^2) at every position, linear in what guidance interpolates.
+
+    mu_m = shift + low_m basis,   log sigma_mj = floor + softplus(spread_m + scale_j - floor)
+
+  Attributes:
+    weights: logits of the components.
+    low, basis: a component's mean, and the directions that all components share.
+    shift: added to all means.
+    spread, scale: log deviations by component and by channel; their sum is bounded below, softly,
+      so that a deviation at the floor can grow again.
+    floor: the least log deviation.
+  """
+
+  weights: Float[Array, 'b n m']
+  low: Float[Array, 'b n m r']
+  spread: Float[Array, 'b n m']
+  shift: Float[Array, 'b n c']
+  scale: Float[Array, 'b n c']
+  basis: Float[Array, 'r c']
+  floor: float = dataclasses.field(default=-7.0, metadata={'static': True})
+
+  def log_normal(self, z: Float[Array, 'b n c']) -> Float[Array, 'b n m']:
+    """log N(z; mu_m, sigma_m^2) of every component, a chunk of them at a time."""
+
+    @jax.checkpoint
+    def one(component):
+      low, spread = component
+      log_sigma = self._log_sigma(spread, self.scale)
+      error = (z - self._mean(low)) * jnp.exp(-log_sigma)
+      return jnp.sum(-0.5 * error * error - log_sigma, -1)
+
+    components = jnp.moveaxis(self.low, 2, 0), jnp.moveaxis(self.spread, 2, 0)
+    found = jax.lax.map(one, components, batch_size=CHUNK)
+    return jnp.moveaxis(found, 0, 2) - z.shape[-1] / 2 * math.log(2 * math.pi)
+
+  def log_density(self, z: Float[Array, 'b n c']) -> Float[Array, 'b n']:
+    return jax.nn.logsumexp(jax.nn.log_softmax(self.weights) + self.log_normal(z), -1)
+
+  def confidence(self, z: Float[Array, 'b n c']) -> Float[Array, 'b n']:
+    """log p(z) less what it would be at the centres of all components at once; at most 0.
+
+    The density alone compares nothing: it depends on units, and on how narrow the mixture is.
+    """
+    log_sigma = self._log_sigma(self.spread, self.scale[:, :, None])
+    peaks = -jnp.sum(log_sigma, -1) - z.shape[-1] / 2 * math.log(2 * math.pi)
+    highest = jax.nn.logsumexp(jax.nn.log_softmax(self.weights) + peaks, -1)
+    return self.log_density(z) - highest
+
+  def draw(self, keys: Array, *, temperature: Array | float = 1.0, top_k: int | None = None,
+           top_p: Array | float | None = None, noise: Array | float = 1.0
+           ) -> Float[Array, 'b n c']:
+    """A component by its (reshaped) weight, and a vector from it."""
+    shaped = processing.process(self.weights, temperature=temperature, top_k=top_k, top_p=top_p)
+    chosen = processing.draw(shaped, fold(keys, COMPONENT))[..., None]
+    mean = self._mean(jnp.take_along_axis(self.low, chosen[..., None], 2)[:, :, 0])
+    spread = jnp.take_along_axis(self.spread, chosen, 2)[..., 0]
+    standard = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(fold(keys, NOISE))
+    return mean + noise * jnp.exp(self._log_sigma(spread, self.scale)) * standard
+
+  def guided(self, scale: Array) -> 'Mixture':
+    """Of pairs [c0, u0, c1, u1, ...] of rows, u + scale (c - u) of logits, means, log deviations.
+
+    Log deviations before their floor, which guidance does not break through.
+    """
+    mixed = {}
+    for field in ('weights', 'low', 'spread', 'shift', 'scale'):
+      both = getattr(self, field)
+      both = both.reshape(-1, 2, *both.shape[1:])
+      mixed[field] = processing.guide(both[:, 0], both[:, 1], scale)
+    return dataclasses.replace(self, **mixed)
+
+  def _mean(self, low: Float[Array, 'b n r']) -> Float[Array, 'b n c']:
+    return self.shift + jnp.matmul(low, self.basis, precision=HIGHEST)
+
+  def _log_sigma(self, spread: Float[Array, '*b'], scale: Float[Array, '*#b c']
+                 ) -> Float[Array, '*b c']:
+    return self.floor + jax.nn.softplus(spread[..., None] + scale - self.floor)
+
+
+class ResGen(Generator):
+  """p(sum of hidden code vectors | visible codes, label), and its sampler.
+
+  The vectors of the codes are the buffer `vectors`, NaN until `prepare` has them from the
+  tokenizer, so that a model without them has no finite loss. Sums are standardised by mean and
+  deviation of the codebooks they are made of: the last k of D.
+  """
+
+  settings = ResGenSettings
+
+  def __init__(self, config: ResGenConfig, spec: TokenSpec, *, rngs: nnx.Rngs):
+    if spec.depth < 2 or spec.order != 'depth':
+      raise ValueError(
+          f'order={spec.order!r} with {spec.depth} codes per position: these are not residual '
+          'codes of depth 2 or more, whose vectors add up from coarse to fine; take a tokenizer '
+          'with ResidualConfig, or a masked generator.')
+    if config.objective not in ('exact', 'split'):
+      raise ValueError(f'objective={config.objective!r} is not one of exact, split.')
+    if not 0 <= config.label_dropout <= 1:
+      raise ValueError(f'label_dropout={config.label_dropout} must be within 0..1.')
+    if min(config.channels, config.components, config.rank) < 1:
+      raise ValueError(f'channels={config.channels}, components={config.components} and '
+                       f'rank={config.rank} must be 1 or more.')
+    schedules.ratio(config.ratio, np.ones(1))
+    body = config.transformer
+    if body.modulated and not config.classes:
+      raise ValueError('modulated=True needs classes > 0: the label is what modulates.')
+    if body.axes not in (0, 1, len(spec.grid)):
+      raise ValueError(
+          f'axes={body.axes} must be 0, 1 or {len(spec.grid)} for the grid {spec.grid}.')
+    self.spec, self.classes, self.label_dropout = spec, config.classes, config.label_dropout
+    self.objective, self.ratio, self.floor = config.objective, config.ratio, config.floor
+    width, dtype, channels = body.width, body.dtype, config.channels
+    self.vectors = nnx.Variable(jnp.full((spec.depth, max(spec.vocab), channels), jnp.nan))
+    self.input = Linear(channels, width, dtype=dtype, rngs=rngs)
+    self.hidden_count = Embedding(spec.depth + 1, width, dtype=dtype, rngs=rngs)
+    self.place = Embedding(spec.length, width, dtype=dtype, rngs=rngs)
+    self.label = Embedding(  # the last row is the null label
+        config.classes + 1, width, dtype=dtype, rngs=rngs) if config.classes else None
+    self.transformer = Transformer(body, rngs=rngs)
+    # float32: what bfloat16 rounds off would move means by more than the narrowest deviation
+    self.head = Linear(width, config.components, bias=True, std=0, rngs=rngs)
+    self.spread = Linear(width, config.components, bias=True, std=0, rngs=rngs)
+    self.affine = Linear(width, (2, channels), bias=True, std=0, rngs=rngs)
+    self.components = Linear(width, (config.components, config.rank), rngs=rngs)
+    # equal components would have equal gradients for ever
+    self.centre = Embedding(config.components, config.rank, std=1.0, rngs=rngs)
+    self.basis = Linear(config.rank, channels, std=config.rank ** -0.5, rngs=rngs)
+
+  def prepare(self, batch: dict[str, Array], *, key: Array) -> None:
+    """Takes the tokenizer's code vectors, `vectors` [D, V, c] of the batch, before step 0.
+
+    Raises:
+      ValueError: there are none, or they are of another shape.
+    """
+    del key
+    if 'vectors' not in batch:
+      raise ValueError('ResGen needs the code vectors of its tokenizer, `vectors` [D, V, c].')
+    found, wanted = batch['vectors'].shape, self.vectors[...].shape
+    if found != wanted:
+      raise ValueError(f'The tokenizer has code vectors {found}, and the generator is built for '
+                       f'{wanted}; set channels={found[-1]}.')
+    self.vectors[...] = batch['vectors'].astype(jnp.float32)
+
+  def mixture(self, tokens: Int[Array, 'b n d'], count: Int[Array, 'b n'],
+              labels: Int[Array, 'b'] | None, *, key: Array | None = None, train: bool = False
+              ) -> Mixture:
+    """The law of the standardised sum of the last `count` codes of every position."""
+    visible, _ = self.sums(tokens, count)
+    _, deviation = self.moments()
+    x = self.input(visible / deviation[-1])
+    x = x + self.hidden_count(count) + self.place(jnp.arange(self.spec.length))
+    positions = np.arange(self.spec.length)[:, None]
+    if self.transformer.axes > 1:
+      positions = self.spec.coordinates()
+    modulation = None
+    if self.label is not None:
+      label = self.label(labels)
+      if self.transformer.modulated:
+        modulation = label
+      else:  # a prefix at coordinate 0, which does not rotate
+        x = jnp.concatenate([label[:, None], x], 1)
+        positions = np.concatenate([np.zeros_like(positions[:1]), positions])
+    y = self.transformer(x, positions=jnp.asarray(positions), modulation=modulation, key=key,
+                         train=train)[:, -self.spec.length:]
+    shift, scale = jnp.moveaxis(self.affine(y), -2, 0)
+    return Mixture(
+        weights=constrain(self.head(y), 'b n c'), spread=self.spread(y),
+        low=self.components(y) + self.centre.embedding[...], shift=shift, scale=scale,
+        basis=self.basis.kernel[...], floor=self.floor)
+
+  def sums(self, tokens: Int[Array, 'b n d'], count: Int[Array, 'b n']
+           ) -> tuple[Float[Array, 'b n c'], Float[Array, 'b n c']]:
+    """The sums of the visible code vectors and of the hidden ones, the last `count`."""
+    vectors = self.vectors[...][jnp.arange(self.spec.depth), tokens]
+    seen = ~hidden(count, self.spec.depth)[..., None]
+    return jnp.where(seen, vectors, 0).sum(2), jnp.where(seen, 0, vectors).sum(2)
+
+  def moments(self) -> tuple[Float[Array, 'k c'], Float[Array, 'k c']]:
+    """Mean and deviation of the sum of the last k = 0..D codes, were all equally frequent."""
+    vectors, there = self.vectors[...], jnp.asarray(self.spec.support())[..., None]
+    mean = jnp.mean(vectors, 1, where=there)
+    variance = jnp.var(vectors, 1, where=there)
+    mean, variance = (jnp.cumsum(jnp.pad(x[::-1], [(1, 0), (0, 0)]), 0) for x in (mean, variance))
+    return mean, jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 1)
+
+  # ---- training
+
+  def loss(self, batch: dict[str, Array], *, step: Array, key: Array, train: bool = True
+           ) -> tuple[Array, dict[str, Any]]:
+    """Mean nats per channel of the objective, over positions with hidden codes.
+
+    `metrics`: `nll_z_per_dim`, -log density of the standardised sum, per channel; `bound_z_per_dim`
+    of the split objective; `components`, the perplexity of their use. Held-out batches return the
+    exact density, without label dropout, and say `recoded` (see `change_rate`).
+    """
+    del step
+    tokens, labels = self._read(batch)
+    drop, mask, inner = jax.random.split(key, 3)
+    if train and labels is not None:
+      dropped = jax.random.bernoulli(drop, self.label_dropout, labels.shape)
+      labels = jnp.where(dropped, self.classes, labels)
+    first, second = jax.random.split(mask)
+    total = self.spec.length * self.spec.depth
+    share = schedules.ratio(self.ratio, schedules.stratified(first, len(tokens)))
+    left = jnp.clip(jnp.ceil(share * total).astype(jnp.int32), 1, total)
+    count = deepest(jax.random.uniform(second, tokens.shape), jnp.ones(tokens.shape, bool), left)
+    z, found = self._standard(tokens, count), self.mixture(tokens, count, labels, key=inner,
+                                                           train=train)
+    normal, log_weight = found.log_normal(z), jax.nn.log_softmax(found.weights)
+    joint = log_weight + normal
+    some = count > 0
+    size = some.sum() * z.shape[-1]
+    nll = jnp.where(some, -jax.nn.logsumexp(joint, -1), 0).sum() / size
+    use = jnp.where(some[..., None], jax.nn.softmax(joint), 0).sum((0, 1)) / some.sum()
+    metrics = {'nll_z_per_dim': nll, 'components': jnp.exp(jax.scipy.special.entr(use).sum())}
+    value = nll
+    if train and self.objective == 'split':
+      # proportional to the densities alone, as if all weights were equal
+      share = jax.nn.softmax(jax.lax.stop_gradient(normal))
+      value = jnp.where(some, split(log_weight, normal, share), 0).sum() / size
+      metrics['bound_z_per_dim'] = value
+    if not train:
+      metrics['recoded'] = jnp.mean(change_rate(
+          self.vectors[...], tokens, jnp.asarray(self.spec.support())))
+    return value, {'metrics': metrics, 'weight': some.sum(), 'statistics': None}
+
+  def _standard(self, tokens: Int[Array, 'b n d'], count: Int[Array, 'b n']
+                ) -> Float[Array, 'b n c']:
+    """The sum of the hidden code vectors, standardised."""
+    _, z = self.sums(tokens, count)
+    mean, deviation = self.moments()
+    return (z - mean[count]) / deviation[count]
+
+  def _read(self, batch: dict[str, Array]) -> tuple[Int[Array, 'b n d'], Int[Array, 'b'] | None]:
+    if 'keep' in batch:
+      raise ValueError('keep: ResGen hides codes itself; give whole token arrays.')
+    tokens = jnp.asarray(batch['tokens'], jnp.int32)
+    return tokens, read_labels(self.classes, batch, len(tokens))
+
+  # ---- sampling
+
+  def sample(self, condition: dict[str, Array] | None, *, keys: Array, settings: ResGenSettings,
+             known: Int[Array, 'b n d'] | None = None,
+             known_mask: Bool[Array, 'b n d'] | None = None) -> Sample:
+    """Draws tokens, given `label` and any known tokens, which come back unchanged.
+
+    The first codes of a position, or all, can be known; they are visible from the start. A known
+    code below an unknown one cannot be shown to the model, which sees the first codes of a position
+    or none: it is written, and seen, once the codes above it are drawn, and the codes after it are
+    quantized with it in place.
+
+    `exact` is True where the draw is from the model's own conditional: where at most one code is
+    unknown, and none below it is known.
+    """
+    size, depth = keys.shape[0], self.spec.depth
+    shape = (size, self.spec.length, depth)
+    check_request(self.classes, condition, known, known_mask, settings.guidance)
+    labels = read_labels(self.classes, condition, size)
+    given = (jnp.zeros(shape, jnp.int32) if known is None
+             else jnp.asarray(known, jnp.int32).reshape(shape))
+    fixed = (jnp.zeros(shape, bool) if known_mask is None
+             else jnp.asarray(known_mask, bool).reshape(shape))
+    start = depth - jnp.cumprod(fixed, -1).sum(-1)
+    plan = self._plan(settings, start.sum(-1))
+    mean, deviation = self.moments()
+    support = jnp.asarray(self.spec.support())
+
+    def step(state, now):
+      tokens, count = state
+      draws = fold(keys, now['step'])
+      found = self._guided(tokens, count, labels, now.get('guidance'))
+      z = found.draw(draws, temperature=settings.temperature, top_k=settings.top_k,
+                     top_p=settings.top_p, noise=settings.noise)
+      fresh = requantise(self.vectors[...], z * deviation[count] + mean[count], support, count,
+                         given, fixed)
+      noise = jax.vmap(lambda key: jax.random.gumbel(key, shape[1:], mode='high'))(
+          fold(draws, CHOICE))
+      sure = found.confidence(z)[..., None]
+      sure = sure + settings.choice_temperature * now['anneal'] * noise
+      left = deepest(sure, hidden(count, depth), now['left'])
+      drawn = hidden(count, depth) & ~hidden(left, depth)
+      tokens = jnp.where(drawn, fresh, tokens)  # known and revealed codes are never touched
+      state = jnp.where(hidden(left, depth), -1, tokens) if settings.trace else None
+      return (tokens, left), state
+
+    (tokens, _), states = jax.lax.scan(step, (given, start), plan)
+    below = (fixed & hidden(start, depth)).any((1, 2))
+    exact = ((~fixed).sum((1, 2)) <= 1) & ~below
+    passes = settings.steps * (1 if settings.guidance is None else 2)
+    return Sample(tokens=tokens, nfe=passes, exact=exact, steps=states)
+
+  def _plan(self, settings: ResGenSettings, total: Int[Array, 'b']) -> dict[str, Array]:
+    """Per-step arrays; counts are over the codes that are hidden at the start."""
+    steps = settings.steps
+    plan = {'step': jnp.arange(steps), 'anneal': 1 - jnp.arange(1, steps + 1) / steps,
+            'left': schedules.remaining(settings.ratio, steps, total, rounding='revealed')}
+    if settings.guidance is not None:
+      plan['guidance'] = schedules.guidance(
+          settings.guidance_schedule, settings.guidance, steps, power=settings.guidance_power,
+          start=settings.guidance_start, stop=settings.guidance_stop)
+    return plan
+
+  def _guided(self, tokens: Array, count: Array, labels: Array | None, scale: Array | None
+              ) -> Mixture:
+    """The mixture, guided in one pass over [c0, u0, c1, u1, ...]."""
+    if scale is None:
+      return self.mixture(tokens, count, labels)
+    both = jnp.stack([labels, jnp.full_like(labels, self.classes)], 1).reshape(-1)
+    return self.mixture(jnp.repeat(tokens, 2, 0), jnp.repeat(count, 2, 0), both).guided(scale)
+
+
+def hidden(count: Int[Array, 'b n'], depth: int) -> Bool[Array, 'b n d']:
+  """Which codes are hidden: the last `count` of every position."""
+  return jnp.arange(depth) >= depth - count[..., None]
+
+
+def deepest(score: Float[Array, 'b n d'], masked: Bool[Array, 'b n d'], left: Int[Array, 'b']
+            ) -> Int[Array, 'b n']:
+  """How many codes of every position are among the `left` masked ones of least score.
+
+  Of scores that know nothing of their place the counts are multivariate hypergeometric: of all
+  codes, MVHG(left; D, .., D), the forward process; of codes of which k_i are masked,
+  MVHG(left; k), its exact reverse. Which codes of a position they are does not matter: it hides its
+  deepest.
+  """
+  order = rank(jnp.where(masked, score, jnp.inf).reshape(len(score), -1)).reshape(score.shape)
+  return (masked & (order < left[:, None, None])).sum(-1)
+
+
+def split(log_weight: Float[Array, '*b m'], normal: Float[Array, '*b m'],
+          share: Float[Array, '*b m']) -> Float[Array, '*b']:
+  """KL(share | weight) - sum share log N: a bound of -log sum weight N for every share (Jensen).
+
+  Equal to it where `share` is the posterior of the components, softmax(log_weight + normal).
+  """
+  return -(jax.scipy.special.entr(share) + share * (log_weight + normal)).sum(-1)
+
+
+def requantise(vectors: Float[Array, 'd v c'], z: Float[Array, 'b n c'],
+               support: Bool[Array, 'd v'] | None = None, count: Int[Array, 'b n'] | None = None,
+               known: Int[Array, 'b n d'] | None = None,
+               known_mask: Bool[Array, 'b n d'] | None = None) -> Int[Array, 'b n d']:
+  """Codes whose vectors sum to about `z`, coarse to fine: at each depth the nearest to the rest.
+
+  Args:
+    support: which codes there are; None is all.
+    count: codes are those of the last `count` depths (the others are not meant); None is all.
+    known, known_mask: codes that are what they are; those after them make up for them.
+  """
+  depth = len(vectors)
+  active = jnp.ones((*z.shape[:2], depth), bool) if count is None else hidden(count, depth)
+  if known is None or known_mask is None:
+    known, known_mask = jnp.zeros(active.shape, jnp.int32), jnp.zeros(active.shape, bool)
+  support = jnp.ones(vectors.shape[:2], bool) if support is None else support
+
+  def level(rest, now):
+    codes, there, active, known, fixed = now
+    product = jnp.matmul(rest, codes.T, precision=HIGHEST)
+    closeness = processing.restrict(product - jnp.sum(codes * codes, -1) / 2, there)
+    code = processing.first(closeness == jnp.max(closeness, -1, keepdims=True))
+    code = jnp.where(fixed, known, code)
+    return rest - jnp.where(active[..., None], codes[code], 0), code
+
+  by_depth = [jnp.moveaxis(x, -1, 0) for x in (active, known, known_mask)]
+  _, tokens = jax.lax.scan(level, z, (vectors, support, *by_depth))
+  return jnp.moveaxis(tokens, 0, -1)
+
+
+def change_rate(vectors: Float[Array, 'd v c'], tokens: Int[Array, 'b n d'],
+                support: Bool[Array, 'd v'] | None = None) -> Float[Array, 'b']:
+  """The share of positions whose codes change when their sum is quantized again.
+
+  Greedy quantization of a sum of codes need not return them, unless codebooks decay fast: it is
+  what a perfect model of sums still gets wrong.
+  """
+  z = vectors[jnp.arange(len(vectors)), tokens].sum(2)
+  return jnp.mean(jnp.any(requantise(vectors, z, support) != tokens, -1), -1)
