@@ -175,7 +175,7 @@ class Mixture:
 
     Log deviations before their floor, which guidance does not break through.
     """
-    mixed = {}
+    mixed: dict[str, Any] = {}
     for field in ('weights', 'low', 'spread', 'shift', 'scale'):
       both = getattr(self, field)
       both = both.reshape(-1, 2, *both.shape[1:])

@@ -106,20 +106,16 @@ def bits_per_token(loaded: runs.Loaded, tokens: np.ndarray, given: dict[str, np.
 
 def evaluate_generator(loaded: runs.Loaded, tokenizer: runs.Loaded, scores: Scores,
                        train: Split, held_out: Split, samples: Samples, *, seed: int) -> None:
-  """Likelihood on real tokens, then everything `evaluate_samples` says, then copies."""
+  """Likelihood on real tokens, where the model has one, and copies.
+
+  A model of densities (ResGen) has none; what it has is among its held-out metrics.
+  """
   real = tokenize(tokenizer, train.images), tokenize(tokenizer, held_out.images)
-  key = states.stream(seed, 'eval')
-  unigram = codes.unigram_bits(loaded.spec, *real)
-  positional = codes.unigram_bits(loaded.spec, *real, positional=True)
-  for name, tokens, split in zip(('train', 'held_out'), real, (train, held_out)):
-    bits, error, kind = bits_per_token(loaded, tokens, _given(loaded, split), key=key)
+  if hasattr(loaded.model, 'log_prob') or hasattr(loaded.model, 'elbo'):
+    _add_likelihood(loaded, scores, real, (train, held_out), seed=seed)
     scores.add(f'bits_per_token_{name}', bits, unit='bits per token', higher=False, likelihood=kind,
                samples=len(tokens), reference=split.fingerprint, reference_samples=len(tokens),
                standard_error=error, unigram=unigram, positional_unigram=positional)
-  copied = memorization.copies(samples.tokens, *real)
-  scores.add('copies', copied.share, unit='share', higher=False, samples=copied.samples,
-             distinct=copied.distinct, held_out=copied.held_out_share,
-             reference=train.fingerprint, reference_samples=len(train.images))
 
 
 def _given(loaded: runs.Loaded, split: Split) -> dict[str, np.ndarray]:

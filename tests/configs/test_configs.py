@@ -147,8 +147,10 @@ def test_debug_trains_two_steps(name, tokenizer_runs, pictures, tmp_path):
   if isinstance(experiment.data, CaptionsConfig):  # its text is needed, and so its tokenizer
     experiment.tokenizer = experiment.tokenizer and str(tokenizer_runs('captions_vq'))
   elif isinstance(experiment.model, GeneratorConfig) and not text:
+    spec = experiment.published.spec
     experiment.tokenizer = str(tokenizer_runs(
-        'digits_bits' if experiment.published.spec.vocab[0] == 2 else 'digits_vq'))
+        'digits_rvq' if spec.order == 'depth' else
+        'digits_bits' if spec.vocab[0] == 2 else 'digits_vq'))
     if not isinstance(experiment.data, DigitsConfig):
       experiment.data = DigitsConfig()
   scores = train(experiment, tmp_path / 'run')

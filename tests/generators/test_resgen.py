@@ -29,6 +29,7 @@ SPEC = TokenSpec(grid=(2,), vocab=(2, 2), order='depth')
 ARRAYS = np.array(list(itertools.product(range(2), repeat=4))).reshape(16, 2, 2)
 TUPLES = np.array(list(itertools.product(range(2), repeat=2)))
 LAW = np.random.default_rng(5).dirichlet(np.full(16, .4))
+FAR = jnp.array([[[1., 1., -1.], [-1., -1., 1.]], [[.3, -.3, .3], [-.3, .3, -.3]]])
 RANDOM = 1e9  # a choice temperature at which confidence plays no part
 
 
@@ -51,7 +52,7 @@ def books(vocab, channels, ratio, seed=0):
 def build(spec=SPEC, vectors=None, **options):
   model = ResGen(config(**options), spec, rngs=nnx.Rngs(0))
   if vectors is None:
-    vectors = books(spec.vocab, options.get('channels', 3), .25)
+    vectors = FAR if spec == SPEC else books(spec.vocab, options.get('channels', 3), .25)
   model.prepare({'vectors': vectors}, key=jax.random.key(0))
   return model
 
@@ -75,7 +76,7 @@ class Exact(ResGen):
   def __init__(self, *laws, **options):
     super().__init__(config(components=4, rank=3, **options), SPEC, rngs=nnx.Rngs(0))
     self.laws = tuple(map(tuple, laws))
-    self.prepare({'vectors': books(SPEC.vocab, 3, .25)}, key=jax.random.key(0))
+    self.prepare({'vectors': FAR}, key=jax.random.key(0))
 
   def mixture(self, tokens, count, labels, **_):
     seen = ~resgen.hidden(count, 2)[:, None]
@@ -250,17 +251,13 @@ def test_split_is_a_bound_and_tight_at_the_posterior():
 
 
 def test_gradients_reach_every_parameter_and_are_finite():
-  for objective in ('exact', 'split'):
-    model = stirred(build(classes=2, objective=objective))
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    batch = {'tokens': jnp.asarray(ARRAYS, jnp.int32), 'label': jnp.arange(16) % 2}
-
-    def loss(params, graph=graph, rest=rest, batch=batch):
-      return nnx.merge(graph, params, rest).loss(batch, step=0, key=jax.random.key(0))[0]
-
-    gradients = jax.jit(jax.grad(loss))(params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
-      assert np.all(np.isfinite(leaf)) and np.any(leaf), path
+  model = stirred(build(classes=2, objective='split'))
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  batch = {'tokens': jnp.asarray(ARRAYS, jnp.int32), 'label': jnp.arange(16) % 2}
+  gradients = jax.jit(jax.grad(lambda params: nnx.merge(graph, params, rest).loss(
+      batch, step=0, key=jax.random.key(0))[0]))(params)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+    assert np.all(np.isfinite(leaf)) and np.any(leaf), path
 
 
 def test_hidden_codes_are_not_read():
@@ -393,7 +390,7 @@ def test_without_confidence_counts_are_the_reverse_of_the_masking():
   assert not chi_square(tally(first(choice_temperature=0.)), law)  # the control
 
 
-@pytest.mark.parametrize('steps', (1, 3, 12))
+@pytest.mark.parametrize('steps', (1, 5))
 def test_counts_are_exact_depth_is_in_order_and_known_codes_stay(steps):
   spec = TokenSpec(grid=(2, 2), vocab=(5, 4, 3), order='depth')
   model = stirred(build(spec, transformer={'axes': 2}), 2.)
@@ -466,7 +463,7 @@ def test_same_tokens_in_any_batch_order_and_mesh():
 def test_temperature_and_truncation_are_of_the_components():
   model = Exact(LAW)
   best = tally(ARRAYS[[np.argmax(independent())]])
-  for options in ({'temperature': 0.}, {'top_k': 1}, {'top_p': 0.}):
+  for options in ({'temperature': 0.}, {'top_p': 0.}):
     counts = frequencies(model, ResGenSettings(steps=1, **options), n=64)
     assert set(counts) == set(best)
   sharp = frequencies(model, ResGenSettings(steps=1, temperature=.5))
@@ -521,12 +518,10 @@ def test_guidance_interpolates_logits_means_and_log_deviations():
     assert np.log(found[2]).min() > both.floor
 
 
-@pytest.mark.parametrize('modulated', (False, True))
-def test_guidance_of_one_is_no_guidance_and_of_zero_no_label(modulated):
-  model = stirred(build(classes=2, transformer={'modulated': modulated}), 2.)
-  if modulated:  # adaLN-zero starts blind to the label
-    kernel = model.transformer.modulation.kernel
-    kernel[...] = .3 * jax.random.normal(jax.random.key(0), kernel.shape)
+def test_guidance_of_one_is_no_guidance_and_of_zero_no_label():
+  model = stirred(build(classes=2, transformer={'modulated': True}), 2.)
+  kernel = model.transformer.modulation.kernel  # adaLN-zero starts blind to the label
+  kernel[...] = .3 * jax.random.normal(jax.random.key(0), kernel.shape)
   keys, label = example_keys(0, jnp.arange(32)), {'label': jnp.arange(32) % 2}
   draw = lambda condition, **options: np.asarray(generate(  # noqa: E731
       model, condition, keys=keys, settings=ResGenSettings(steps=3, **options)).tokens)
@@ -568,6 +563,11 @@ def test_what_cannot_be_is_refused():
 
 # ---- learning
 
+# the second position copies each code of the first, but for one in seven
+COPY = np.repeat([.4, .1, .2, .3], 4) * np.prod(
+    np.where(ARRAYS[:, 0] == ARRAYS[:, 1], 6 / 7, 1 / 7), -1)
+
+
 def least_nats(floor):
   """Nats per channel of the exact conditionals, with all deviations at the floor.
 
@@ -580,27 +580,27 @@ def least_nats(floor):
       seen = ~np.asarray(resgen.hidden(jnp.array([count]), 2))[0]
       for i in np.flatnonzero(count):
         joint, context = collections.Counter(), collections.Counter()
-        for array, q in zip(ARRAYS, LAW):
+        for array, q in zip(ARRAYS, COPY):
           visible = tuple(np.where(seen, array, -1).reshape(-1))
           joint[visible, tuple(array[i])] += q
           context[visible] += q
         entropy = -sum(q * math.log(q / context[v]) for (v, _), q in joint.items())
-        nats += chance * p * (entropy / 3 + floor + math.log(2 * math.pi) / 2 + .5)
+        nats += chance * p * (entropy / 3 + floor + math.log(2 * math.pi) / 2)
         weight += chance * p
   return nats / weight
 
 
-@pytest.mark.parametrize('objective', ('exact', 'split'))
+@pytest.mark.parametrize('objective', (
+    'exact', pytest.param('split', marks=pytest.mark.slow)))
 def test_training_reaches_the_density_and_draws_the_joint(objective):
   floor = -2.
-  model = build(objective=objective, components=16, rank=3, floor=floor,
-                transformer={'width': 32, 'layers': 2})
+  model = build(objective=objective, components=12, rank=3, floor=floor,)
   graph, params, rest = nnx.split(model, nnx.Param, ...)
-  optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 250))
+  optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 800), b2=.95)
   data = jnp.asarray(ARRAYS, jnp.int32)
 
   def drawn(key, size):
-    return {'tokens': data[jax.random.choice(key, 16, (size,), p=jnp.array(LAW))]}
+    return {'tokens': data[jax.random.choice(key, 16, (size,), p=jnp.array(COPY))]}
 
   @jax.jit
   def train(params, key):
@@ -611,18 +611,19 @@ def test_training_reaches_the_density_and_draws_the_joint(objective):
       def loss(params):
         return nnx.merge(graph, params, rest).loss(drawn(pick, 256), step=0, key=key)[0]
 
-      value, gradients = jax.value_and_grad(loss)(params)
-      updates, moments = optimizer.update(gradients, moments, params)
-      return (optax.apply_updates(params, updates), moments), value
+      updates, moments = optimizer.update(jax.grad(loss)(params), moments, params)
+      return (optax.apply_updates(params, updates), moments), None
 
-    state, values = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, 250))
-    return state[0], values
+    state, _ = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, 800))
+    return state[0]
 
-  params, values = train(params, jax.random.key(0))
+  params = train(params, jax.random.key(0))
   model = nnx.merge(graph, params, rest)
   keys = jax.random.split(jax.random.key(1), 2)
-  value, aux = judged(model, drawn(keys[0], 20000), keys[1])
+  value, _ = judged(model, drawn(keys[0], 20000), keys[1])
   counts = frequencies(model, ResGenSettings(steps=4, choice_temperature=RANDOM))
   found = np.array([counts[tuple(a.reshape(-1).tolist())] for a in ARRAYS]) / 20000
-  distance = np.abs(found - LAW).sum() / 2
-  print(objective, value, least_nats(floor), values[::50], distance, aux)
+  distance = np.abs(found - COPY).sum() / 2
+  print(f'{objective}: {value:.4f} of {least_nats(floor):.4f} nats, {distance:.3f} apart')
+  assert least_nats(floor) - .005 < value < least_nats(floor) + .01
+  assert distance < .05

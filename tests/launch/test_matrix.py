@@ -17,8 +17,9 @@ from smalti.generators.block import BlockDiffusionConfig
 from smalti.generators.generator import example_keys, generate
 from smalti.generators.maskbit import MaskBitConfig
 from smalti.generators.masked import MaskedConfig
+from smalti.generators.resgen import ResGenConfig
 from smalti.generators.stacked import StackedConfig
-from smalti.launch import optimizer as optimizers, state as states
+from smalti.launch import codebooks, optimizer as optimizers, state as states
 from smalti.launch.experiment import OptimizerConfig
 from smalti.launch.step import train_step
 from smalti.networks.pixels import to_float
@@ -45,6 +46,8 @@ GENERATORS = {
     'stacked': StackedConfig(classes=10, transformer=TransformerConfig(**BODY)),
     'MaskBit': MaskBitConfig(classes=10, transformer=TransformerConfig(**BODY)),
     'binary': BinaryConfig(classes=10, transformer=TransformerConfig(**BODY)),
+    'ResGen': ResGenConfig(classes=10, channels=8, components=64, rank=8,
+                           transformer=TransformerConfig(**BODY)),
 }
 STEPS, BATCH = 50, 64
 
@@ -103,6 +106,8 @@ def test_fifty_steps_learn_and_what_is_drawn_decodes(tokens, generator):
   rule = optimizers.make(OptimizerConfig(rate=3e-3, warmup=10), None, STEPS)
   structure = states.structure(lambda: build(nnx.Rngs(0)))
   state = states.init(build, rule, jax.random.key(0), ema=False)
+  if 'vectors' in state['buffers']:
+    state['buffers']['vectors'] = codebooks.vectors(model)
   step = jax.jit(functools.partial(train_step, structure=structure, optimizer=rule))
   held_out = {'tokens': jnp.asarray(data[-400:]), 'label': jnp.asarray(labels[-400:])}
   judge = jax.jit(lambda params, key: structure.merge(params, state['buffers']).loss(
