@@ -113,6 +113,20 @@ def evaluate_generator(loaded: runs.Loaded, tokenizer: runs.Loaded, scores: Scor
   real = tokenize(tokenizer, train.images), tokenize(tokenizer, held_out.images)
   if hasattr(loaded.model, 'log_prob') or hasattr(loaded.model, 'elbo'):
     _add_likelihood(loaded, scores, real, (train, held_out), seed=seed)
+  copied = memorization.copies(samples.tokens, *real)
+  scores.add('copies', copied.share, unit='share', higher=False, samples=copied.samples,
+             distinct=copied.distinct, held_out=copied.held_out_share,
+             reference=train.fingerprint, reference_samples=len(train.images))
+
+
+def _add_likelihood(loaded: runs.Loaded, scores: Scores, real: tuple[np.ndarray, np.ndarray],
+                    splits: tuple[Split, Split], *, seed: int) -> None:
+  """Bits per token of the training and of the held-out examples, beside the unigram's."""
+  key = states.stream(seed, 'eval')
+  unigram = codes.unigram_bits(loaded.spec, *real)
+  positional = codes.unigram_bits(loaded.spec, *real, positional=True)
+  for name, tokens, split in zip(('train', 'held_out'), real, splits):
+    bits, error, kind = bits_per_token(loaded, tokens, _given(loaded, split), key=key)
     scores.add(f'bits_per_token_{name}', bits, unit='bits per token', higher=False, likelihood=kind,
                samples=len(tokens), reference=split.fingerprint, reference_samples=len(tokens),
                standard_error=error, unigram=unigram, positional_unigram=positional)
