@@ -1,0 +1,403 @@
+"""Autoregression over positions of several codes: one pass of the body each, a small head inside.
+
+RQ-Transformer (Lee et al. 2022, arXiv 2203.01941). With a table of vectors per depth, e_d, the body
+reads one slot per position, and a causal transformer over the D codes of a position goes on from
+what the body says of it, h_p:
+
+    h = body([c, W sum_d e_d(x_1d), .., W sum_d e_d(x_{N-1,d})])
+    y_p = depth([h_p, W' e_1(x_p1), W' (e_1(x_p1) + e_2(x_p2)), ..])
+    p(x_pd | x_<p, x_p<d, c) = softmax(classifier(y_pd))
+
+Attention costs N^2 + N D^2 instead of (N D)^2, and the deep network runs N times for N D codes.
+Without the inner transformer the codes of a position are independent given those before: what
+Infinity (arXiv 2412.04431) does with bits and BiGR (arXiv 2410.14672) compares with. A position may
+be seen as the words, digits or bits of its codes: Open-MAGVIT2 (arXiv 2409.04410) reads ids of 18
+bits as words of 6 and 12. The chain rule is exact in every case, and so is the likelihood.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from smalti.generators import logits as ids, schedules
+from smalti.generators.autoregressive import segments
+from smalti.generators.generator import (
+    Generator,
+    GeneratorConfig,
+    Sample,
+    Settings,
+    check_request,
+    read_labels,
+    settings,
+)
+from smalti.networks.layers import Embedding, Linear, constrain, dropout
+from smalti.networks.transformer import Transformer, TransformerConfig
+from smalti.tokenizers.spec import TokenSpec, View
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class DepthConfig(GeneratorConfig):
+  """A causal transformer over positions, and what draws the codes of one.
+
+  Args:
+    transformer: over positions; `axes` is 1 for the row-major index, the number of axes of the grid
+      for one rotary coordinate each, or 0 for learned positions (RQ-Transformer).
+    depth: over the codes of a position, as wide; their places are learned, and turn queries and
+      keys too where `axes` is 1. None draws them independently of each other.
+    view: a position as all digits ('factors') or bits ('bits') of its codes; None is its codes.
+    words: a position as words of so many bits, instead of a view: (6, 12) for codes of 18 bits.
+    shared: one classifier for all codes (RQ-Transformer), or one for each.
+    code_width: the numbers of a code's vector, mapped to the width linearly, once for the body and
+      once for the codes of a position (RQ-Transformer: 256); None is the width, without a map.
+    classes: labels 0..classes - 1; 0 is unconditional.
+    label_dropout: how often training replaces a label by the null label, per example.
+    dropout: of the body's input; the transformers have their own.
+  """
+  transformer: TransformerConfig
+  depth: TransformerConfig | None = None
+  view: Literal['factors', 'bits'] | None = None
+  words: tuple[int, ...] = ()
+  shared: bool = False
+  code_width: int | None = None
+  classes: int = 0
+  label_dropout: float = 0.1
+  dropout: float = 0.0
+
+  def build(self, spec: TokenSpec, *, rngs: nnx.Rngs) -> 'Depth':
+    return Depth(self, spec, rngs=rngs)
+
+
+@settings
+class DepthSettings(Settings):
+  """How to draw codes. A float may also be an array of D numbers, one per code of a position.
+
+  Args:
+    temperature, top_k, typical, top_p, min_p: see `generators.logits.process`.
+    guidance: scale s of u + s (c - u), on a doubled batch; None is one conditional pass.
+    guidance_schedule: s over the positions, see `schedules.guidance`, with its power, start and
+      stop.
+    prefill: the number of leading positions that `known_mask` holds in every row; they are read
+      in one pass.
+  """
+  temperature: float = 1.0
+  top_k: int | None = None
+  typical: float | None = None
+  top_p: float | None = None
+  min_p: float | None = None
+  guidance: float | None = None
+  guidance_schedule: schedules.Guidance = 'constant'
+  guidance_power: float = 1.0
+  guidance_start: float = 0.0
+  guidance_stop: float = 1.0
+  prefill: int = 0
+
+
+class Depth(Generator):
+  """See the module. Inside, tokens are those of the view, [b, n, d].
+
+  The vectors of codes are learned. RQ-Transformer takes those of its tokenizer's codebook; here a
+  generator knows tokens alone, so that any tokenizer may be below it.
+  """
+
+  settings = DepthSettings
+
+  def __init__(self, config: DepthConfig, spec: TokenSpec, *, rngs: nnx.Rngs):
+    body, inner = config.transformer, config.depth
+    _check(config, spec)
+    self.spec, self.classes = spec, config.classes
+    self.view: View | None = config.words or config.view
+    self.codes = spec if self.view is None else spec.view(self.view)
+    self.label_dropout, self.dropout, self.shared = (
+        config.label_dropout, config.dropout, config.shared)
+    vocab, width, dtype = self.codes.vocab, body.width, body.dtype
+    options: Any = dict(dtype=dtype, rngs=rngs)
+    # the rows of all depths, one table after the other
+    self.token = Embedding(sum(vocab), config.code_width or width, **options)
+    self.label = Embedding(config.classes + 1, width, **options)  # last: null, or BOS
+    self.place = Embedding(spec.length, width, **options) if body.axes == 0 else None
+    self.outer = Linear(config.code_width, width, **options) if config.code_width else None
+    self.inner = (
+        Linear(config.code_width, width, **options) if config.code_width and inner else None)
+    self.transformer = Transformer(body, rngs=rngs)
+    self.slot = Embedding(self.codes.depth, width, **options) if inner else None
+    self.depth = Transformer(inner, rngs=rngs) if inner else None
+    # the columns of all depths, one classifier after the other
+    self.head = Linear(width, max(vocab) if config.shared else sum(vocab), std=0,
+                       result='float32', **options)
+
+  # ---- training and likelihood
+
+  def loss(self, batch, *, step, key, train=True):
+    """Mean nats per code of the spec, whatever the view; labels are dropped in training.
+
+    `metrics`: `nll`, `bits_per_token`, `accuracy` over codes of the view, and `bits_depth_i`, the
+    bits of its i-th code of a position.
+    """
+    del step
+    tokens, label = self._read(batch)
+    drop, *keys = jax.random.split(key, 4)
+    if train and self.classes:
+      dropped = jax.random.bernoulli(drop, self.label_dropout, label.shape)
+      label = jnp.where(dropped, self.classes, label)
+    scores = self._scores(self._vectors(tokens), label, keys if train else None)
+    nats = optax.softmax_cross_entropy_with_integer_labels(scores, tokens)
+    by_depth = jnp.mean(nats, (0, 1))
+    nll = jnp.sum(by_depth) / self.spec.depth
+    best = jnp.take_along_axis(scores, tokens[..., None], -1)[..., 0] >= jnp.max(scores, -1)
+    metrics = {'nll': nll, 'bits_per_token': nll / math.log(2), 'accuracy': jnp.mean(best)}
+    for i in range(self.codes.depth):
+      metrics[f'bits_depth_{i}'] = by_depth[i] / math.log(2)
+    weight = jnp.float32(len(tokens) * self.spec.length * self.spec.depth)
+    return nll, {'metrics': metrics, 'weight': weight, 'statistics': None}
+
+  def log_prob(self, batch: dict[str, Array]) -> Float[Array, 'b']:
+    """Exact log p(tokens | label) in nats."""
+    tokens, label = self._read(batch)
+    scores = self._scores(self._vectors(tokens), label)
+    return -jnp.sum(optax.softmax_cross_entropy_with_integer_labels(scores, tokens), (1, 2))
+
+  def _read(self, batch: dict[str, Array]) -> tuple[Int[Array, 'b n d'], Int[Array, 'b']]:
+    if 'keep' in batch:
+      raise ValueError('keep: all codes of a position are read together; give whole token arrays.')
+    tokens = self._to(jnp.asarray(batch['tokens'], jnp.int32))
+    return tokens, self._label(batch, len(tokens))
+
+  def _to(self, tokens: Int[Array, 'b n k']) -> Int[Array, 'b n d']:
+    return tokens if self.view is None else self.spec.to(self.view, tokens)
+
+  def _label(self, condition: dict[str, Array] | None, size: int) -> Int[Array, 'b']:
+    """The row of the label table of every example; the null row where there is no label."""
+    if condition is None or 'label' not in condition:
+      condition = None
+    label = read_labels(self.classes, condition, size)
+    return jnp.zeros(size, jnp.int32) if label is None else label
+
+  def _vectors(self, tokens: Int[Array, '*b d']) -> Float[Array, '*b d e']:
+    """Of every code, of the table of its depth; float32, in which they are summed."""
+    return self.token(tokens + self._first()).astype(jnp.float32)
+
+  def _first(self) -> np.ndarray:
+    """The first row of every depth."""
+    return np.cumsum((0, *self.codes.vocab[:-1]))
+
+  def _scores(self, vectors: Float[Array, 'b n d e'], label: Int[Array, 'b'],
+              keys: Any = None) -> Float[Array, 'b n d v']:
+    """Logits of every code, given those before; -inf is beyond its alphabet."""
+    embed, outside, inside = (None,) * 3 if keys is None else keys
+    batch, n, depth = vectors.shape[:3]
+    x = dropout(self._slots(vectors[:, :-1].sum(2), label), self.dropout, embed)
+    h = self.transformer(x, positions=self._positions(), causal=True, key=outside,
+                         train=outside is not None)
+    h = h[:, :, None]
+    if self.depth is not None:
+      partial = self._inner(jnp.cumsum(vectors[:, :, :-1], 2))
+      slots = jnp.concatenate([h, partial.astype(h.dtype)], 2) + self.slot(jnp.arange(depth))
+      y = self.depth(slots.reshape(batch * n, depth, -1), positions=_places(depth), causal=True,
+                     key=inside, train=inside is not None)
+      h = y.reshape(batch, n, depth, -1)
+    return ids.restrict(self._classify(h), jnp.asarray(self.codes.support()))
+
+  def _slots(self, totals: Float[Array, 'b n e'], label: Int[Array, 'b']
+             ) -> Float[Array, 'b m c']:
+    """The label and then positions, of whose vectors these are the sums: n + 1 slots."""
+    x = jnp.concatenate([self.label(label)[:, None], self._outer(totals)], 1)
+    return self._slot(x, jnp.minimum(jnp.arange(x.shape[1]), self.spec.length - 1))
+
+  def _slot(self, x: Float[Array, 'b m c'], i: Int[Array, 'm']) -> Float[Array, 'b m c']:
+    """What the numbered slots hold, told where they are; slot i predicts position i."""
+    return x if self.place is None else x + self.place(i)
+
+  def _outer(self, total: Float[Array, '*b e']) -> Float[Array, '*b c']:
+    """What the body reads of a position whose vectors sum to `total`."""
+    return total if self.outer is None else self.outer(total)
+
+  def _inner(self, total: Float[Array, '*b e']) -> Float[Array, '*b c']:
+    """What is read within a position of the codes there so far, whose vectors sum to `total`."""
+    return total if self.inner is None else self.inner(total)
+
+  def _positions(self) -> Int[Array, 'n a']:
+    """Coordinates of the slots: the origin for the label, then those of positions but the last."""
+    places = (self.spec.coordinates() if self.transformer.axes > 1
+              else np.arange(self.spec.length)[:, None])
+    return jnp.asarray(np.concatenate([np.zeros_like(places[:1]), places[:-1]]))
+
+  def _classify(self, y: Float[Array, 'b n _ c']) -> Float[Array, 'b n _ v']:
+    """Logits of slots of one depth each, or of all depths from the one slot there is."""
+    if self.shared:
+      return constrain(self.head(y), 'b n d v')
+    y = jnp.broadcast_to(y, (*y.shape[:2], self.codes.depth, y.shape[-1]))
+    return constrain(jnp.einsum('bndc,dcv->bndv', y.astype(self.head.dtype), self._classifiers(),
+                                preferred_element_type='float32'), 'b n d v')
+
+  def _classifiers(self) -> Float[Array, 'd c v']:
+    """The kernel of every depth, with columns of zeros up to the largest alphabet."""
+    kernel, size = self.head.kernel[...].astype(self.head.dtype), max(self.codes.vocab)
+    parts = jnp.split(kernel, np.cumsum(self.codes.vocab)[:-1], 1)
+    return jnp.stack([jnp.pad(part, ((0, 0), (0, size - part.shape[1]))) for part in parts])
+
+  # ---- sampling
+
+  def sample(self, condition, *, keys, settings, known=None, known_mask=None) -> Sample:
+    """Position by position, and code by code within each, with cached keys and values.
+
+    Known codes are clamped; a word of which some bits are known is drawn among those that have
+    them. `exact` is True where what is known comes first; codes that are drawn independently have
+    no order within their position. `nfe` counts passes of the body, each with D of the inner
+    transformer; `log_prob` is that of the drawn codes under the processed distribution.
+    """
+    batch, length, depth = keys.shape[0], self.spec.length, self.codes.depth
+    check_request(self.classes, condition, known, known_mask, settings.guidance)
+    prefill, guided = settings.prefill, settings.guidance is not None
+    if (prefill and known is None) or not 0 <= prefill <= length:
+      raise ValueError(f'{prefill=} needs as many known positions; at most {length}.')
+    label, plan = self._label(condition, batch), {'n': jnp.arange(length)}
+    if guided:
+      label = jnp.stack([label, jnp.full_like(label, self.classes)], 1).reshape(-1)
+      plan['scale'] = jax.vmap(lambda scale: schedules.guidance(
+          settings.guidance_schedule, scale, length, power=settings.guidance_power,
+          start=settings.guidance_start, stop=settings.guidance_stop), out_axes=1)(
+              jnp.broadcast_to(jnp.asarray(settings.guidance, jnp.float32), (depth,)))
+    if known is None:
+      known, known_mask = (
+          jnp.zeros((batch, length, self.spec.depth), kind) for kind in (jnp.int32, bool))
+    fixed = jnp.asarray(known_mask, bool) | (jnp.arange(length) < prefill)[:, None]
+    codes, held, whole = self._held(jnp.where(fixed, known, 0).astype(jnp.int32), fixed)
+    plan |= {'code': jnp.moveaxis(codes, 0, -1), 'held': jnp.moveaxis(held, 0, -1)}  # [n d b]
+    layers, inner = self.transformer.unstack(), self.depth and self.depth.unstack()
+    rotations = self.transformer.rotations(self._positions())
+    each = {'d': jnp.arange(depth), 'row': jnp.asarray(self._first()),
+            'support': jnp.asarray(self.codes.support()),
+            'kernel': None if self.shared or self.depth is None else self._classifiers(),
+            'shape': {name: jnp.broadcast_to(jnp.asarray(value, jnp.float32), (depth,))
+                      for name in ('temperature', 'typical', 'top_p', 'min_p')
+                      if (value := getattr(settings, name)) is not None}}
+
+    def double(x):  # conditional and unconditional row of an example next to each other
+      return jnp.repeat(x, 2, 0) if guided else x
+
+    def choose(logits, now, keys):
+      """Codes [b] of one depth, and their nats."""
+      if guided:
+        logits = ids.guide(*jnp.moveaxis(logits.reshape(batch, 2, -1), 1, 0), now['scale'])
+      differs = jnp.arange(logits.shape[-1]) ^ now['code'][:, None]
+      logits = ids.restrict(logits, now['support'] & (differs & now['held'][:, None] == 0))
+      logits = ids.process(logits, top_k=settings.top_k, **now['shape'])
+      new = ids.draw(logits, _fold(keys, now['d']))
+      return new, optax.softmax_cross_entropy_with_integer_labels(logits, new)
+
+    def within(h, now, keys):
+      """The codes [d, b] of a position, their nats, and the sum of their vectors."""
+      if self.depth is None:
+        logits = jnp.moveaxis(self._classify(h[:, :, None])[:, 0], 1, 0)
+        new, nats = jax.vmap(lambda logits, now: choose(logits, now, keys))(logits, now)
+        return new, nats, self._vectors(double(new.T)).sum(1)
+
+      def step(state, now):
+        x, cache, total = state
+        y, cache = self.depth.extend(
+            x + self.slot(now['d'][None]), cache, index=now['d'], layers=inner,
+            positions=now['d'][None, None])
+        if self.shared:
+          logits = self.head(y)[:, 0]
+        else:
+          logits = jnp.einsum('bc,cv->bv', y[:, 0].astype(self.head.dtype), now['kernel'],
+                              preferred_element_type='float32')
+        logits = constrain(logits, 'b c')  # all columns on every device, to truncate
+        new, nats = choose(logits, now, keys)
+        total += self.token(double(new) + now['row']).astype(jnp.float32)
+        return (self._inner(total)[:, None].astype(h.dtype), cache, total), (new, nats)
+
+      total = jnp.zeros((len(h), self.token.embedding.shape[1]), jnp.float32)
+      (_, _, total), (new, nats) = jax.lax.scan(
+          step, (h, self.depth.cache(len(h), depth), total), now)
+      return new, nats, total
+
+    def position(state, now):
+      x, cache, log_prob = state
+      n = now.pop('n')
+      h, cache = self.transformer.extend(
+          x, cache, index=n, layers=layers,
+          positions=jax.tree.map(lambda r: jax.lax.dynamic_slice_in_dim(r, n, 1), rotations))
+      new, nats, total = within(h, now | each, _fold(keys, n))
+      after = jnp.minimum(n + 1, length - 1)  # after the last there is nothing to predict
+      x = self._slot(self._outer(total)[:, None], after[None])
+      return (x.astype(h.dtype), cache, log_prob - nats.sum(0)), new
+
+    vectors = self._vectors(double(codes[:, :prefill])).sum(2)
+    slots = self._slots(vectors, label)
+    cache = self.transformer.cache(len(label), prefill)
+    if prefill:
+      _, cache = self.transformer.extend(
+          slots[:, :prefill], cache, layers=layers,
+          positions=jax.tree.map(lambda r: r[:prefill], rotations))
+    state = slots[:, -1:].astype(self.transformer.dtype), cache, jnp.zeros(batch)
+    drawn, start = [plan['code'][:prefill]], prefill
+    for end in segments(prefill, length):
+      state = (state[0], self.transformer.grow(state[1], end), state[2])
+      state, new = jax.lax.scan(
+          position, state, jax.tree.map(lambda x: x[start:end], plan))  # noqa: B023
+      drawn, start = [*drawn, new], end
+    tokens = jnp.moveaxis(jnp.concatenate(drawn), -1, 0)
+    tokens = tokens if self.view is None else self.spec.back(self.view, tokens)
+    passes = length - prefill + bool(prefill)
+    return Sample(tokens=jnp.where(fixed, known, tokens).astype(jnp.int32),
+                  nfe=(1 + guided) * passes, exact=self._exact(held, whole), log_prob=state[2])
+
+  def _held(self, known: Int[Array, 'b n k'], fixed: Bool[Array, 'b n k']
+            ) -> tuple[Int[Array, 'b n d'], Int[Array, 'b n d'], Any]:
+    """Known codes of the view, which of their bits are known, and all of their bits."""
+    held = self._to(jnp.where(fixed, jnp.array(self.spec.vocab) - 1, 0))
+    if self.view in (None, 'factors'):  # known as a whole or not at all
+      return self._to(known), -(held > 0).astype(jnp.int32), -1
+    return self._to(known), held, np.array(self.codes.vocab) - 1
+
+  def _exact(self, held: Int[Array, 'b n d'], whole: Any) -> Bool[Array, 'b']:
+    """Whether nothing is known after what is not known as a whole."""
+    full, some = held == whole, held != 0
+    if self.depth is None:
+      full, some = full.all(-1, keepdims=True), some.any(-1, keepdims=True)
+    full, some = (x.reshape(len(x), -1) for x in (full, some))
+    return jnp.all(full[:, :-1] | ~some[:, 1:], -1)
+
+
+def _check(config: DepthConfig, spec: TokenSpec) -> None:
+  """Raises ValueError where tokens and sizes do not go together; views have their own reasons."""
+  body, inner = config.transformer, config.depth
+  if spec.eos is not None:
+    raise ValueError(f'eos={spec.eos}: a string that ends has one code per position; take the '
+                     'autoregressive generator.')
+  if config.view and config.words:
+    raise ValueError(f'view={config.view!r} and words={config.words} are two ways to see a '
+                     'position; leave one out.')
+  if config.view not in (None, 'factors', 'bits'):
+    raise ValueError(f'view={config.view!r} is not one of factors, bits.')
+  if body.axes not in (0, 1, len(spec.grid)):
+    raise ValueError(f'axes={body.axes} must be 0 (learned positions), 1 (the row-major index) or '
+                     f'{len(spec.grid)} (the coordinates of grid={spec.grid}).')
+  if body.modulated or (inner and inner.modulated):
+    raise ValueError('modulated=True has no use here: the label is a prefix token.')
+  if inner and inner.axes not in (0, 1):
+    raise ValueError(f'depth.axes={inner.axes} must be 0 or 1: a code has one place in its '
+                     'position.')
+  if inner and inner.width != body.width:
+    raise ValueError(f'depth.width={inner.width} must be that of the body, {body.width}.')
+  if config.shared and not inner:
+    raise ValueError('shared=True without an inner transformer would give all codes of a position '
+                     'one distribution; set shared=False.')
+  if not 0 <= config.label_dropout <= 1:
+    raise ValueError(f'label_dropout={config.label_dropout} must be within 0..1.')
+
+
+def _places(depth: int) -> Int[Array, 'd 1']:
+  return jnp.arange(depth)[:, None]
+
+
+def _fold(keys: Array, data: Array | int) -> Array:
+  return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
