@@ -181,9 +181,9 @@ class Depth(Generator):
 
   def _vectors(self, tokens: Int[Array, '*b d']) -> Float[Array, '*b d e']:
     """Of every code, of the table of its depth; float32, in which they are summed."""
-    return self.token(tokens + self._first()).astype(jnp.float32)
+    return self.token(tokens + self._rows()).astype(jnp.float32)
 
-  def _first(self) -> np.ndarray:
+  def _rows(self) -> np.ndarray:
     """The first row of every depth."""
     return np.cumsum((0, *self.codes.vocab[:-1]))
 
@@ -252,86 +252,36 @@ class Depth(Generator):
     no order within their position. `nfe` counts passes of the body, each with D of the inner
     transformer; `log_prob` is that of the drawn codes under the processed distribution.
     """
-    batch, length, depth = keys.shape[0], self.spec.length, self.codes.depth
+    batch, length = keys.shape[0], self.spec.length
     check_request(self.classes, condition, known, known_mask, settings.guidance)
     prefill, guided = settings.prefill, settings.guidance is not None
     if (prefill and known is None) or not 0 <= prefill <= length:
       raise ValueError(f'{prefill=} needs as many known positions; at most {length}.')
-    label, plan = self._label(condition, batch), {'n': jnp.arange(length)}
-    if guided:
-      label = jnp.stack([label, jnp.full_like(label, self.classes)], 1).reshape(-1)
-      plan['scale'] = jax.vmap(lambda scale: schedules.guidance(
-          settings.guidance_schedule, scale, length, power=settings.guidance_power,
-          start=settings.guidance_start, stop=settings.guidance_stop), out_axes=1)(
-              jnp.broadcast_to(jnp.asarray(settings.guidance, jnp.float32), (depth,)))
     if known is None:
       known, known_mask = (
           jnp.zeros((batch, length, self.spec.depth), kind) for kind in (jnp.int32, bool))
     fixed = jnp.asarray(known_mask, bool) | (jnp.arange(length) < prefill)[:, None]
-    codes, held, whole = self._held(jnp.where(fixed, known, 0).astype(jnp.int32), fixed)
-    plan |= {'code': jnp.moveaxis(codes, 0, -1), 'held': jnp.moveaxis(held, 0, -1)}  # [n d b]
+    code, held, whole = known_bits(
+        self.spec, self.view, jnp.where(fixed, known, 0).astype(jnp.int32), fixed)
+    label = self._label(condition, batch)
+    if guided:  # conditional and unconditional row of an example next to each other
+      label = jnp.stack([label, jnp.full_like(label, self.classes)], 1).reshape(-1)
+    plan, each = self._plan(settings, code, held)
     layers, inner = self.transformer.unstack(), self.depth and self.depth.unstack()
     rotations = self.transformer.rotations(self._positions())
-    each = {'d': jnp.arange(depth), 'row': jnp.asarray(self._first()),
-            'support': jnp.asarray(self.codes.support()),
-            'kernel': None if self.shared or self.depth is None else self._classifiers(),
-            'shape': {name: jnp.broadcast_to(jnp.asarray(value, jnp.float32), (depth,))
-                      for name in ('temperature', 'typical', 'top_p', 'min_p')
-                      if (value := getattr(settings, name)) is not None}}
 
-    def double(x):  # conditional and unconditional row of an example next to each other
-      return jnp.repeat(x, 2, 0) if guided else x
-
-    def choose(logits, now, keys):
-      """Codes [b] of one depth, and their nats."""
-      if guided:
-        logits = ids.guide(*jnp.moveaxis(logits.reshape(batch, 2, -1), 1, 0), now['scale'])
-      differs = jnp.arange(logits.shape[-1]) ^ now['code'][:, None]
-      logits = ids.restrict(logits, now['support'] & (differs & now['held'][:, None] == 0))
-      logits = ids.process(logits, top_k=settings.top_k, **now['shape'])
-      new = ids.draw(logits, _fold(keys, now['d']))
-      return new, optax.softmax_cross_entropy_with_integer_labels(logits, new)
-
-    def within(h, now, keys):
-      """The codes [d, b] of a position, their nats, and the sum of their vectors."""
-      if self.depth is None:
-        logits = jnp.moveaxis(self._classify(h[:, :, None])[:, 0], 1, 0)
-        new, nats = jax.vmap(lambda logits, now: choose(logits, now, keys))(logits, now)
-        return new, nats, self._vectors(double(new.T)).sum(1)
-
-      def step(state, now):
-        x, cache, total = state
-        y, cache = self.depth.extend(
-            x + self.slot(now['d'][None]), cache, index=now['d'], layers=inner,
-            positions=now['d'][None, None])
-        if self.shared:
-          logits = self.head(y)[:, 0]
-        else:
-          logits = jnp.einsum('bc,cv->bv', y[:, 0].astype(self.head.dtype), now['kernel'],
-                              preferred_element_type='float32')
-        logits = constrain(logits, 'b c')  # all columns on every device, to truncate
-        new, nats = choose(logits, now, keys)
-        total += self.token(double(new) + now['row']).astype(jnp.float32)
-        return (self._inner(total)[:, None].astype(h.dtype), cache, total), (new, nats)
-
-      total = jnp.zeros((len(h), self.token.embedding.shape[1]), jnp.float32)
-      (_, _, total), (new, nats) = jax.lax.scan(
-          step, (h, self.depth.cache(len(h), depth), total), now)
-      return new, nats, total
-
-    def position(state, now):
+    def step(state, now):
       x, cache, log_prob = state
       n = now.pop('n')
       h, cache = self.transformer.extend(
           x, cache, index=n, layers=layers,
           positions=jax.tree.map(lambda r: jax.lax.dynamic_slice_in_dim(r, n, 1), rotations))
-      new, nats, total = within(h, now | each, _fold(keys, n))
+      new, nats, total = self._within(h, now | each, _fold(keys, n), settings.top_k, inner)
       after = jnp.minimum(n + 1, length - 1)  # after the last there is nothing to predict
       x = self._slot(self._outer(total)[:, None], after[None])
       return (x.astype(h.dtype), cache, log_prob - nats.sum(0)), new
 
-    vectors = self._vectors(double(codes[:, :prefill])).sum(2)
-    slots = self._slots(vectors, label)
+    slots = self._slots(jnp.repeat(self._vectors(code[:, :prefill]).sum(2), 1 + guided, 0), label)
     cache = self.transformer.cache(len(label), prefill)
     if prefill:
       _, cache = self.transformer.extend(
@@ -341,30 +291,96 @@ class Depth(Generator):
     drawn, start = [plan['code'][:prefill]], prefill
     for end in segments(prefill, length):
       state = (state[0], self.transformer.grow(state[1], end), state[2])
-      state, new = jax.lax.scan(
-          position, state, jax.tree.map(lambda x: x[start:end], plan))  # noqa: B023
+      state, new = jax.lax.scan(step, state, {k: x[start:end] for k, x in plan.items()})
       drawn, start = [*drawn, new], end
     tokens = jnp.moveaxis(jnp.concatenate(drawn), -1, 0)
     tokens = tokens if self.view is None else self.spec.back(self.view, tokens)
-    passes = length - prefill + bool(prefill)
     return Sample(tokens=jnp.where(fixed, known, tokens).astype(jnp.int32),
-                  nfe=(1 + guided) * passes, exact=self._exact(held, whole), log_prob=state[2])
+                  nfe=(1 + guided) * (length - prefill + bool(prefill)),
+                  exact=self._exact(held == whole, held != 0), log_prob=state[2])
 
-  def _held(self, known: Int[Array, 'b n k'], fixed: Bool[Array, 'b n k']
-            ) -> tuple[Int[Array, 'b n d'], Int[Array, 'b n d'], Any]:
-    """Known codes of the view, which of their bits are known, and all of their bits."""
-    held = self._to(jnp.where(fixed, jnp.array(self.spec.vocab) - 1, 0))
-    if self.view in (None, 'factors'):  # known as a whole or not at all
-      return self._to(known), -(held > 0).astype(jnp.int32), -1
-    return self._to(known), held, np.array(self.codes.vocab) - 1
+  def _plan(self, settings: DepthSettings, code: Int[Array, 'b n d'], held: Int[Array, 'b n d']
+            ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a draw reads, as arrays over positions (and depths), and over depths alone."""
+    length, depth = code.shape[1:]
+    spread = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), (depth,))  # noqa: E731
+    plan = {'n': jnp.arange(length), 'code': jnp.moveaxis(code, 0, -1),
+            'held': jnp.moveaxis(held, 0, -1)}
+    if settings.guidance is not None:
+      plan['scale'] = jax.vmap(lambda scale: schedules.guidance(
+          settings.guidance_schedule, scale, length, power=settings.guidance_power,
+          start=settings.guidance_start, stop=settings.guidance_stop), out_axes=1)(
+              spread(settings.guidance))
+    shape = {name: getattr(settings, name) for name in ('temperature', 'typical', 'top_p', 'min_p')}
+    own = self.depth is not None and not self.shared
+    return plan, {
+        'd': jnp.arange(depth), 'row': jnp.asarray(self._rows()),
+        'support': jnp.asarray(self.codes.support()),
+        'shape': {name: spread(value) for name, value in shape.items() if value is not None},
+        'kernel': self._classifiers() if own else None}
 
-  def _exact(self, held: Int[Array, 'b n d'], whole: Any) -> Bool[Array, 'b']:
-    """Whether nothing is known after what is not known as a whole."""
-    full, some = held == whole, held != 0
+  def _within(self, h: Float[Array, 'c 1 w'], now: dict[str, Any], keys: Array, top_k: int | None,
+              inner: Any) -> tuple[Int[Array, 'd b'], Float[Array, 'd b'], Float[Array, 'c e']]:
+    """The codes of a position, their nats, and the sum of their vectors."""
+    def double(x):
+      return jnp.repeat(x, len(h) // len(keys), 0)
+
     if self.depth is None:
+      logits = jnp.moveaxis(self._classify(h[:, None])[:, 0], 1, 0)
+      new, nats = jax.vmap(lambda logits, now: _choose(logits, now, keys, top_k))(logits, now)
+      return new, nats, self._vectors(double(new.T)).sum(1)
+
+    def step(state, now):
+      x, cache, total = state
+      d = now['d'][None]
+      y, cache = self.depth.extend(
+          x + self.slot(d), cache, index=now['d'], layers=inner, positions=d[:, None])
+      if self.shared:
+        logits = self.head(y)[:, 0]
+      else:
+        logits = jnp.einsum('bc,cv->bv', y[:, 0].astype(self.head.dtype), now['kernel'],
+                            preferred_element_type='float32')
+      # all columns on every device, to truncate
+      new, nats = _choose(constrain(logits, 'b c'), now, keys, top_k)
+      total += self.token(double(new) + now['row']).astype(jnp.float32)
+      return (self._inner(total)[:, None].astype(h.dtype), cache, total), (new, nats)
+
+    total = jnp.zeros((len(h), self.token.embedding.shape[1]), jnp.float32)
+    start = h, self.depth.cache(len(h), self.codes.depth), total
+    (_, _, total), (new, nats) = jax.lax.scan(step, start, now)
+    return new, nats, total
+
+  def _exact(self, full: Bool[Array, 'b n d'], some: Bool[Array, 'b n d']) -> Bool[Array, 'b']:
+    """Whether nothing is known after what is not known as a whole."""
+    if self.depth is None:  # codes of a position have no order
       full, some = full.all(-1, keepdims=True), some.any(-1, keepdims=True)
     full, some = (x.reshape(len(x), -1) for x in (full, some))
     return jnp.all(full[:, :-1] | ~some[:, 1:], -1)
+
+
+def known_bits(spec: TokenSpec, view: View | None, known: Int[Array, 'b n k'],
+               fixed: Bool[Array, 'b n k']) -> tuple[Array, Array, Any]:
+  """Known codes as a view sees them, which of their bits are known, and all of their bits.
+
+  A code x of the view agrees with what is known where (x ^ code) & held is 0.
+  """
+  to = lambda tokens: tokens if view is None else spec.to(view, tokens)  # noqa: E731
+  held = to(fixed * (np.array(spec.vocab, np.int32) - 1))
+  if view in (None, 'factors'):  # known as a whole or not at all
+    return to(known), -(held > 0).astype(np.int32), -1
+  return to(known), held, np.array(spec.view(view).vocab) - 1
+
+
+def _choose(logits: Float[Array, 'c v'], now: dict[str, Any], keys: Array, top_k: int | None
+            ) -> tuple[Int[Array, 'b'], Float[Array, 'b']]:
+  """Codes of one depth that agree with what is known of them, and their nats."""
+  if 'scale' in now:
+    logits = ids.guide(*jnp.moveaxis(logits.reshape(len(keys), 2, -1), 1, 0), now['scale'])
+  differs = (jnp.arange(logits.shape[-1]) ^ now['code'][:, None]) & now['held'][:, None]
+  logits = ids.restrict(logits, now['support'] & (differs == 0))
+  logits = ids.process(logits, top_k=top_k, **now['shape'])
+  new = ids.draw(logits, _fold(keys, now['d']))
+  return new, optax.softmax_cross_entropy_with_integer_labels(logits, new)
 
 
 def _check(config: DepthConfig, spec: TokenSpec) -> None:

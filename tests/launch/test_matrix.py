@@ -14,6 +14,8 @@ from smalti.data.digits import DigitsConfig
 from smalti.generators.autoregressive import AutoregressiveConfig
 from smalti.generators.binary import BinaryConfig
 from smalti.generators.block import BlockDiffusionConfig
+from smalti.generators.delay import DelayConfig
+from smalti.generators.depth import DepthConfig
 from smalti.generators.generator import example_keys, generate
 from smalti.generators.maskbit import MaskBitConfig
 from smalti.generators.masked import MaskedConfig
@@ -39,26 +41,30 @@ GENERATORS = {
     'autoregressive': AutoregressiveConfig(classes=10, transformer=TransformerConfig(**BODY)),
     'any order': AutoregressiveConfig(
         classes=10, anneal=(50, 50), transformer=TransformerConfig(**BODY, axes=0)),
+    'depth': DepthConfig(classes=10, transformer=TransformerConfig(**BODY),
+                         depth=TransformerConfig(**BODY, axes=0)),
+    'delay': DelayConfig(classes=10, transformer=TransformerConfig(**BODY)),
     'masked': MaskedConfig(classes=10, transformer=TransformerConfig(**BODY)),
     'MaskGIT': MaskedConfig(
         classes=10, objective='maskgit', transformer=TransformerConfig(**BODY)),
-    'block': BlockDiffusionConfig(classes=10, transformer=TransformerConfig(**BODY)),
     'stacked': StackedConfig(classes=10, transformer=TransformerConfig(**BODY)),
     'MaskBit': MaskBitConfig(classes=10, transformer=TransformerConfig(**BODY)),
-    'binary': BinaryConfig(classes=10, transformer=TransformerConfig(**BODY)),
+    'block': BlockDiffusionConfig(classes=10, transformer=TransformerConfig(**BODY)),
     'ResGen': ResGenConfig(classes=10, channels=8, components=64, rank=8,
                            transformer=TransformerConfig(**BODY)),
+    'binary': BinaryConfig(classes=10, transformer=TransformerConfig(**BODY)),
 }
 STEPS, BATCH = 50, 64
 
 
 def table():
-  """The cells of the page: rows by tokens, columns by generator."""
+  """The cells of the page by tokens and generator."""
   text = (pathlib.Path(__file__).parents[2] / 'docs' / 'generators.md').read_text()
   lines = [[cell.strip() for cell in line.strip('|').split('|')]
            for line in text.splitlines() if line.startswith('|')]
-  heads = [re.sub(r'\[([^]]*)\].*', r'\1', head) for head in lines[0][1:]]
-  return {line[0].partition(':')[0]: dict(zip(heads, line[1:])) for line in lines[2:]}
+  names = [re.sub(r'\[([^]]*)\].*', r'\1', line[0]) for line in lines[2:]]
+  return {tokens: dict(zip(names, (line[i] for line in lines[2:])))
+          for i, tokens in enumerate(lines[0][1:], 1)}
 
 
 @functools.cache
