@@ -36,7 +36,7 @@ from smalti.generators.generator import (
     read_labels,
     settings,
 )
-from smalti.generators.masked import ENUMERABLE
+from smalti.generators.masking import ENUMERABLE
 from smalti.networks.layers import Embedding, Linear, constrain
 from smalti.networks.transformer import Cache, Transformer, TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
