@@ -184,7 +184,7 @@ class Depth(Generator):
     return self.token(tokens + self._rows()).astype(jnp.float32)
 
   def _rows(self) -> np.ndarray:
-    """The first row of every depth."""
+    """The first row (and column) of every depth."""
     return np.cumsum((0, *self.codes.vocab[:-1]))
 
   def _scores(self, vectors: Float[Array, 'b n d e'], label: Int[Array, 'b'],
@@ -232,15 +232,22 @@ class Depth(Generator):
     """Logits of slots of one depth each, or of all depths from the one slot there is."""
     if self.shared:
       return constrain(self.head(y), 'b n d v')
-    y = jnp.broadcast_to(y, (*y.shape[:2], self.codes.depth, y.shape[-1]))
-    return constrain(jnp.einsum('bndc,dcv->bndv', y.astype(self.head.dtype), self._classifiers(),
-                                preferred_element_type='float32'), 'b n d v')
+    if self.depth is None:
+      parts = jnp.split(self.head(y[:, :, 0]), self._rows()[1:], -1)
+    else:  # not one product with an axis for depths: XLA on CPU has none of that in bfloat16
+      parts = [_product('bnc,cv->bnv', y[:, :, d], kernel)
+               for d, kernel in enumerate(self._classifiers())]
+    return constrain(jnp.stack(self._padded(parts), 2), 'b n d v')
 
-  def _classifiers(self) -> Float[Array, 'd c v']:
-    """The kernel of every depth, with columns of zeros up to the largest alphabet."""
-    kernel, size = self.head.kernel[...].astype(self.head.dtype), max(self.codes.vocab)
-    parts = jnp.split(kernel, np.cumsum(self.codes.vocab)[:-1], 1)
-    return jnp.stack([jnp.pad(part, ((0, 0), (0, size - part.shape[1]))) for part in parts])
+  def _classifiers(self) -> list[Float[Array, 'c _']]:
+    """The kernel of every depth, in the dtype it is used in."""
+    return jnp.split(self.head.kernel[...].astype(self.head.dtype), self._rows()[1:], 1)
+
+  def _padded(self, parts: list[Float[Array, '*b _']]) -> list[Float[Array, '*b v']]:
+    """Zeros where an alphabet is smaller than the largest."""
+    size = max(self.codes.vocab)
+    return [jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, size - part.shape[-1])])
+            for part in parts]
 
   # ---- sampling
 
@@ -317,7 +324,7 @@ class Depth(Generator):
         'd': jnp.arange(depth), 'row': jnp.asarray(self._rows()),
         'support': jnp.asarray(self.codes.support()),
         'shape': {name: spread(value) for name, value in shape.items() if value is not None},
-        'kernel': self._classifiers() if own else None}
+        'kernel': jnp.stack(self._padded(self._classifiers())) if own else None}
 
   def _within(self, h: Float[Array, 'c 1 w'], now: dict[str, Any], keys: Array, top_k: int | None,
               inner: Any) -> tuple[Int[Array, 'd b'], Float[Array, 'd b'], Float[Array, 'c e']]:
@@ -335,11 +342,7 @@ class Depth(Generator):
       d = now['d'][None]
       y, cache = self.depth.extend(
           x + self.slot(d), cache, index=now['d'], layers=inner, positions=d[:, None])
-      if self.shared:
-        logits = self.head(y)[:, 0]
-      else:
-        logits = jnp.einsum('bc,cv->bv', y[:, 0].astype(self.head.dtype), now['kernel'],
-                            preferred_element_type='float32')
+      logits = self.head(y)[:, 0] if self.shared else _product('bc,cv->bv', y[:, 0], now['kernel'])
       # all columns on every device, to truncate
       new, nats = _choose(constrain(logits, 'b c'), now, keys, top_k)
       total += self.token(double(new) + now['row']).astype(jnp.float32)
@@ -375,7 +378,8 @@ def _choose(logits: Float[Array, 'c v'], now: dict[str, Any], keys: Array, top_k
             ) -> tuple[Int[Array, 'b'], Float[Array, 'b']]:
   """Codes of one depth that agree with what is known of them, and their nats."""
   if 'scale' in now:
-    logits = ids.guide(*jnp.moveaxis(logits.reshape(len(keys), 2, -1), 1, 0), now['scale'])
+    both = logits.reshape(len(keys), 2, -1)
+    logits = ids.guide(both[:, 0], both[:, 1], now['scale'])
   differs = (jnp.arange(logits.shape[-1]) ^ now['code'][:, None]) & now['held'][:, None]
   logits = ids.restrict(logits, now['support'] & (differs == 0))
   logits = ids.process(logits, top_k=top_k, **now['shape'])
@@ -409,6 +413,10 @@ def _check(config: DepthConfig, spec: TokenSpec) -> None:
                      'one distribution; set shared=False.')
   if not 0 <= config.label_dropout <= 1:
     raise ValueError(f'label_dropout={config.label_dropout} must be within 0..1.')
+
+
+def _product(equation: str, y: Float[Array, '*b c'], kernel: Float[Array, 'c v']) -> Array:
+  return jnp.einsum(equation, y.astype(kernel.dtype), kernel, preferred_element_type='float32')
 
 
 def _places(depth: int) -> Int[Array, 'd 1']:

@@ -37,8 +37,8 @@ MODELS = {
 def build(name='rq', spec=None, **changes):
   """A model with weights large enough that its distribution is far from uniform."""
   known, options = MODELS[name]
-  options = {'depth': True, 'axes': 1} | options | changes
-  body = dict(layers=1, width=16, heads=2, remat=False)
+  options = {'depth': True, 'axes': 1, 'dtype': 'float32'} | options | changes
+  body = dict(layers=1, width=16, heads=2, remat=False, dtype=options.pop('dtype'))
   inner = TransformerConfig(**body, axes=0) if options.pop('depth') else None
   config = DepthConfig(
       transformer=TransformerConfig(**body, axes=options.pop('axes')), depth=inner, **options)
@@ -156,6 +156,18 @@ def test_decoding_of_a_grid_equals_the_full_pass():
     assert (drawn.tokens < jnp.array(GRID.vocab)).all()
     np.testing.assert_allclose(
         drawn.log_prob, log_prob(model, {'tokens': drawn.tokens}), atol=1e-4)
+
+
+def test_bfloat16_decodes_as_it_trains(key):
+  half, whole = build(dtype='bfloat16'), build()
+  drawn = sample(half, 64)
+  parallel = log_prob(half, {'tokens': drawn.tokens})
+  np.testing.assert_allclose(drawn.log_prob, parallel, atol=0.1)
+  np.testing.assert_allclose(log_prob(whole, {'tokens': drawn.tokens}), parallel, atol=0.3)
+  graph, params = nnx.split(half)
+  gradients = jax.jit(jax.grad(lambda params: nnx.merge(graph, params).loss(
+      {'tokens': drawn.tokens}, step=0, key=key)[0]))(params)
+  assert all(jnp.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(gradients))
 
 
 def test_slots_have_the_coordinates_of_the_position_they_hold():
