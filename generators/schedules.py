@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-Noise = Literal['linear', 'cosine', 'arccos', 'polynomial', 'geometric']
+Noise = Literal['linear', 'cosine', 'polynomial', 'geometric']
 Ratio = Literal['cosine', 'arccos', 'linear']
 Grid = Literal['uniform', 'cosine']
 Guidance = Literal['constant', 'linear', 'power_cosine', 'interval']
@@ -79,20 +79,6 @@ class Cosine(Schedule):
 
 
 @dataclasses.dataclass(frozen=True)
-class Arccos(Schedule):
-  """alpha = 1 - 2/pi arccos(1 - t), MaskBit's and TiTok's masked share at u = 1 - t."""
-
-  def masked(self, t):
-    return 4 / math.pi * jnp.arcsin(jnp.sqrt(t / 2))
-
-  def derivative(self, t):
-    return -2 / math.pi / jnp.sqrt(t * (2 - t))
-
-  def weight(self, t):
-    return -self.derivative(t) / self.masked(t)
-
-
-@dataclasses.dataclass(frozen=True)
 class Geometric(Schedule):
   """alpha = exp(-sigma), sigma = low^(1-t) high^t, w = sigma' / expm1(sigma) (SEDD, MDLM).
 
@@ -125,8 +111,8 @@ def named(name: Noise, power: float = 2.0) -> Schedule:
   Raises:
     ValueError: an unknown name, or a power that is not positive.
   """
-  known = {'linear': Polynomial(), 'cosine': Cosine(), 'arccos': Arccos(),
-           'polynomial': Polynomial(power), 'geometric': Geometric()}
+  known = {'linear': Polynomial(), 'cosine': Cosine(), 'polynomial': Polynomial(power),
+           'geometric': Geometric()}
   if name not in known:
     raise ValueError(f'schedule={name!r} is not one of {", ".join(known)}.')
   if power <= 0:

@@ -7,7 +7,7 @@ import pytest
 
 from smalti.generators import schedules
 
-NAMES = ('linear', 'cosine', 'arccos', 'polynomial', 'geometric')
+NAMES = ('linear', 'cosine', 'polynomial', 'geometric')
 
 
 @pytest.mark.parametrize('name', NAMES)
