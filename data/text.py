@@ -68,7 +68,8 @@ class TextSource:
 
   def __init__(self, path: str | os.PathLike, *, length: int, alphabet: str | None = None,
                stride: int | None = None, part: tuple[float, float] = (0.0, 1.0)):
-    self.path, self.stride, self.classes = pathlib.Path(path).expanduser(), stride or length, ()
+    self.path, self.stride = pathlib.Path(path).expanduser(), stride or length
+    self.classes: tuple[str, ...] = ()
     if length < 1 or self.stride < 1:
       raise ValueError(f'{length=} and {stride=} must be 1 character or more.')
     if alphabet is not None and (

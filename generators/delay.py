@@ -182,7 +182,7 @@ class Delay(Generator):
       if guided:
         logits = ids.guide(
             *jnp.moveaxis(logits.reshape(size, 2, *logits.shape[1:]), 1, 0), scales[s])
-      logits = settings.process(ids.restrict(logits, self.spec.support()))
+      logits = settings.process(ids.restrict(logits, jnp.asarray(self.spec.support())))
       new = ids.draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, s))
       drawn = jnp.broadcast_to(there[s], new.shape)
       if fixed is not None:
@@ -197,7 +197,11 @@ class Delay(Generator):
              jnp.zeros(size))
     for end in segments(0, pattern.steps):
       state = (*state[:2], self.transformer.grow(state[2], end), *state[3:])
-      state = jax.lax.while_loop(lambda state, end=end: state[0] < end, step, state)
+
+      def unfinished(state, end=end):
+        return state[0] < end
+
+      state = jax.lax.while_loop(unfinished, step, state)
     tokens = pattern.lift(state[3])
     exact = jnp.full(size, True)
     if known_mask is not None:
@@ -223,7 +227,7 @@ class Delay(Generator):
     logits = constrain(self.head(y), 'b n v')
     logits = logits.reshape(*laid.shape, self.vocab)
     safe = jnp.minimum(laid, self.vocab - 1)  # cells without a code are not lifted
-    return -self.pattern.lift(ids.log_prob(ids.restrict(logits, self.spec.support()), safe))
+    return -self.pattern.lift(ids.log_prob(ids.restrict(logits, jnp.asarray(self.spec.support())), safe))
 
   def _embed(self, codes: Int[Array, '*b d']) -> Float[Array, '*b c']:
     """The sum over the codes of a step."""
