@@ -331,7 +331,7 @@ class BlockDiffusion(Generator):
       b, tokens, cache, ended, passes = state
       cut = lambda x, b=b: jax.lax.dynamic_slice_in_dim(x, b * width, width, 1)  # noqa: E731
       draws, codes, masked = fold(keys, b), cut(tokens), cut(unknown)
-      if self.flat.eos is not None:  # whatever is unknown after an EOS is one
+      if self.flat.eos is not None:  # whatever is unknown after an EOS is one, and needs no pass
         codes = jnp.where(masked & ended[:, None], self.flat.eos, codes)
         masked = masked & ~ended[:, None]
       no_end = None if endless is None else cut(endless)

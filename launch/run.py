@@ -297,7 +297,8 @@ def load_tokenizer(loaded: Loaded | Outline, override: str | None = None) -> Loa
   """
   reference = override or loaded.experiment.tokenizer
   if reference is None:
-    raise ValueError(f'{loaded.path} names no tokenizer; name one with --tokenizer=RUN.')
+    raise ValueError(f'{loaded.path} names no tokenizer; name one with --tokenizer=RUN. Of text, '
+                     'which has none, draw in Python: see docs/block.md.')
   try:
     tokenizer = load(reference)
   except FileNotFoundError as error:
