@@ -167,15 +167,13 @@ class Depth(Generator):
     if 'keep' in batch:
       raise ValueError('keep: all codes of a position are read together; give whole token arrays.')
     tokens = self._to(jnp.asarray(batch['tokens'], jnp.int32))
-    return tokens, self._label(batch, len(tokens))
+    return tokens, self._label(batch if 'label' in batch else None, len(tokens))
 
   def _to(self, tokens: Int[Array, 'b n k']) -> Int[Array, 'b n d']:
     return tokens if self.view is None else self.spec.to(self.view, tokens)
 
   def _label(self, condition: dict[str, Array] | None, size: int) -> Int[Array, 'b']:
     """The row of the label table of every example; the null row where there is no label."""
-    if condition is None or 'label' not in condition:
-      condition = None
     label = read_labels(self.classes, condition, size)
     return jnp.zeros(size, jnp.int32) if label is None else label
 
