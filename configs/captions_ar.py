@@ -2,7 +2,8 @@
 
 Needs a tokenizer: smalti train --config=captions_vq --workdir=runs/captions_vq first, or name
 another with --config.tokenizer=RUN. `base` reads a caption by cross-attention, `prefix` as tokens
-before the codes. Then: smalti sample --workdir=runs/captions_ar --text="3 7 above 0 3".
+before the codes; `base` takes minutes on two cores. Then:
+smalti sample --workdir=runs/captions_ar --text="3 7 above 0 3".
 """
 
 from smalti.data.captions import LONGEST, CaptionsConfig
