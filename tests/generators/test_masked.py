@@ -164,6 +164,20 @@ def test_held_out_estimator_has_less_variance_than_the_training_one():
   assert spread[1] < spread[0] / 2
 
 
+@pytest.mark.parametrize('objective', ('elbo', 'maskgit'))
+def test_times_are_the_strata_of_the_whole_batch_on_any_mesh(objective):
+  """Strata that every device drew for itself would hide other tokens."""
+  model = randomised(Masked(config(objective=objective), TokenSpec(grid=(6,), vocab=(5,)),
+                            rngs=nnx.Rngs(0)))
+  tokens = jax.random.randint(jax.random.key(3), (16, 6, 1), 0, 5)
+  loss = jax.jit(lambda tokens: model.loss(
+      {'tokens': tokens}, step=jnp.array(0), key=jax.random.key(0))[0])
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), 'data')
+  sharded = jax.device_put(tokens, jax.NamedSharding(mesh, jax.P('data')))
+  np.testing.assert_allclose(loss(sharded), loss(tokens), rtol=1e-5)
+  assert abs(loss(tokens) - loss(tokens[:8])) > 1e-3  # other strata, another value
+
+
 def test_label_smoothing_spreads_over_possible_codes_only():
   spec = TokenSpec(grid=(3,), vocab=(3,), eos=2)
   model = Masked(config(objective='maskgit'), spec, rngs=nnx.Rngs(0))
