@@ -354,9 +354,9 @@ def as_law(probabilities):
   return {tuple(a.reshape(-1).tolist()): p for a, p in zip(ARRAYS, probabilities) if p > 0}
 
 
-def independent():
+def independent(law=LAW):
   """Positions drawn apart, codes of one together: what one step does."""
-  law = LAW.reshape(4, 4)
+  law = law.reshape(4, 4)
   return np.outer(law.sum(1), law.sum(0)).reshape(-1)
 
 
@@ -596,7 +596,7 @@ def test_training_reaches_the_density_and_draws_the_joint(objective):
   floor = -2.
   model = build(objective=objective, components=12, rank=3, floor=floor,)
   graph, params, rest = nnx.split(model, nnx.Param, ...)
-  optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 800), b2=.95)
+  optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 1e-2, 20, 800), b2=.95)
   data = jnp.asarray(ARRAYS, jnp.int32)
 
   def drawn(key, size):
@@ -626,4 +626,4 @@ def test_training_reaches_the_density_and_draws_the_joint(objective):
   distance = np.abs(found - COPY).sum() / 2
   print(f'{objective}: {value:.4f} of {least_nats(floor):.4f} nats, {distance:.3f} apart')
   assert least_nats(floor) - .005 < value < least_nats(floor) + .01
-  assert distance < .05
+  assert distance < .08 < .2 < np.abs(independent(COPY) - COPY).sum() / 2

@@ -126,7 +126,7 @@ def test_fifty_steps_learn_and_what_is_drawn_decodes(tokens, generator):
                                   'label': jnp.asarray(labels[chosen])}, jax.random.key(1))
     assert bool(metrics['finite'].all())
   after = score()
-  print(f'{generator} on {tokens}: {before.mean():.3f} to {after.mean():.3f} nats per token')
+  print(f'{generator} on {tokens}: {before.mean():.3f} to {after.mean():.3f} nats')
   assert before.mean() - after.mean() > 3 * max(np.std(before), np.std(after), 1e-6)
   trained = structure.merge(state['params'], state['buffers'])
   found = generate(trained, {'label': jnp.arange(10)}, keys=example_keys(0, jnp.arange(10)),
