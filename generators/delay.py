@@ -227,7 +227,8 @@ class Delay(Generator):
     logits = constrain(self.head(y), 'b n v')
     logits = logits.reshape(*laid.shape, self.vocab)
     safe = jnp.minimum(laid, self.vocab - 1)  # cells without a code are not lifted
-    return -self.pattern.lift(ids.log_prob(ids.restrict(logits, jnp.asarray(self.spec.support())), safe))
+    logits = ids.restrict(logits, jnp.asarray(self.spec.support()))
+    return -self.pattern.lift(ids.log_prob(logits, safe))
 
   def _embed(self, codes: Int[Array, '*b d']) -> Float[Array, '*b c']:
     """The sum over the codes of a step."""
