@@ -125,11 +125,13 @@ def _add_likelihood(loaded: runs.Loaded, scores: Scores, real: tuple[np.ndarray,
   key = states.stream(seed, 'eval')
   unigram = codes.unigram_bits(loaded.spec, *real)
   positional = codes.unigram_bits(loaded.spec, *real, positional=True)
+  neighbours = codes.neighbour_bits(loaded.spec, *real)
   for name, tokens, split in zip(('train', 'held_out'), real, splits):
     bits, error, kind = bits_per_token(loaded, tokens, _given(loaded, split), key=key)
     scores.add(f'bits_per_token_{name}', bits, unit='bits per token', higher=False, likelihood=kind,
                samples=len(tokens), reference=split.fingerprint, reference_samples=len(tokens),
-               standard_error=error, unigram=unigram, positional_unigram=positional)
+               standard_error=error, unigram=unigram, positional_unigram=positional,
+               neighbours=neighbours)
 
 
 def _given(loaded: runs.Loaded, split: Split) -> dict[str, np.ndarray]:
@@ -210,6 +212,21 @@ def sample(loaded: runs.Loaded, codec: runs.Loaded, judge: Judge, *, n: int, see
   return samples, accumulation
 
 
+def generator_scores(loaded: runs.Loaded, codec: runs.Loaded, scores: Scores, judge: Judge,
+                     data: Any, *, n: int, seed: int, settings: Any, batch_size: int = 64
+                     ) -> Samples:
+  """All scores of a generator: likelihood, n samples against real images, copies. The samples."""
+  train, held_out = (Split.read(data, split) for split in ('train', 'eval'))
+  samples, accumulation = sample(loaded, codec, judge, n=n, seed=seed, settings=settings,
+                                 batch_size=batch_size)
+  evaluate_generator(loaded, codec, scores, train, held_out, samples, seed=seed)
+  scores.add_judged(judge, accumulation.finish(), accumulation)
+  evaluate_samples(scores, judge, samples.images, _first(samples.labels, samples.images), train,
+                   held_out)
+  evaluate_captions(scores, data, samples.images, samples.texts, held_out)
+  return samples
+
+
 def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = None,
              tokenizer: str | None = None, settings: dict[str, str] | None = None,
              weights: str = 'ema', extractor: str | None = None, batch_size: int = 64,
@@ -246,17 +263,11 @@ def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = N
     codec = runs.load_tokenizer(loaded, tokenizer)
     chosen = resolve_settings(loaded, settings or {})
     real = runs.pixels(data, codec)
-    train, held_out = (Split.read(real, split) for split in ('train', 'eval'))
     judge = open_judge(real, kept, n=n, extractor=extractor,
                        weights=inception_weights)
-    samples, accumulation = sample(loaded, codec, judge, n=n, seed=seed, settings=chosen,
-                                   batch_size=batch_size)
     scores = Scores(loaded, settings=chosen, seeds=(seed,))
-    evaluate_generator(loaded, codec, scores, train, held_out, samples, seed=seed)
-    scores.add_judged(judge, accumulation.finish(), accumulation)
-    evaluate_samples(scores, judge, samples.images, _first(samples.labels, samples.images), train,
-                     held_out)
-    evaluate_captions(scores, real, samples.images, samples.texts, held_out)
+    generator_scores(loaded, codec, scores, judge, real, n=n, seed=seed, settings=chosen,
+                     batch_size=batch_size)
     request |= {'n': n, 'seed': seed, 'settings': settings or {}, 'batch_size': batch_size,
                 'tokenizer': tokenizer}
   else:

@@ -1,10 +1,13 @@
-"""Studies: tokenizers trained side by side, `smalti sweep --config=quantizers --out=DIR`.
+"""Studies: models trained side by side, `smalti sweep --config=quantizers --out=DIR`.
 
 The config's `get_sweep(size)` names the rows, one experiment each, the most important first; what
 stands after a slash repeats a row with another seed. A finished row is a file of its own in
 --results, with its config, scores and provenance, and is skipped; a begun one goes on from its
 checkpoint. So a study may be killed at any time, shared by workers, and completed later from the
 files alone: tables say which rows were not run.
+
+A generator's experiment may name the row of its tokenizer, `tokenizer='row:NAME'`, which is trained
+first. Rows that differ in their sampling settings alone share one training run.
 """
 
 import dataclasses
@@ -20,12 +23,16 @@ import numpy as np
 
 from smalti.evaluation import baselines, codes, reconstruction
 from smalti.evaluation.manifest import seal
+from smalti.generators.generator import GeneratorConfig
 from smalti.launch import cells, exits, provenance, run as runs, state as states
+from smalti.launch.evaluate import generator_scores
 from smalti.launch.experiment import Experiment
 from smalti.launch.fidelity import tokenizer_scores
 from smalti.launch.judge import Judge, open_judge, references, spread
+from smalti.launch.pictures import save_grid
 from smalti.launch.progress import say
 from smalti.launch.reconstruct import encoded
+from smalti.launch.sample import Sampler
 from smalti.launch.scores import Scores
 from smalti.launch.serialization import to_json
 from smalti.launch.train import train
@@ -33,6 +40,9 @@ from smalti.launch.train import train
 IMAGES = 2_000  # held-out images that errors and distances are measured on
 TRAIN = 10_000  # training images that baselines are fitted on
 BASELINES = 'baselines'
+BATCH = 64  # samples per call
+GRID = 10  # samples of a picture, on each side
+ROW = 'row:'
 CURVE = 163_840 // 64  # held-out images whose tokens are counted at every kept step
 
 
@@ -59,20 +69,37 @@ class Study:
     path = self.path(row)
     return path.exists() and provenance.load(path).get('definition') == definition(self.rows[row])
 
+  def trained(self, row: str) -> pathlib.Path:
+    """The run of a row, trained to its end."""
+    experiment = dataclasses.replace(self.rows[row], settings=None)
+    folder = self.out / 'runs' / f'{type(experiment.model).__name__}-{definition(experiment)}'
+    name = experiment.tokenizer or ''
+    if name.startswith(ROW):
+      if name.removeprefix(ROW) not in self.rows:
+        raise ValueError(f'{row} names the tokenizer {name}, which is not among the rows.')
+      path = self.trained(name.removeprefix(ROW))
+      experiment = dataclasses.replace(experiment, tokenizer=str(path))
+    with cells.Folder(self.out, definition(self.rows[row])).lock():
+      train(experiment, folder)
+    return folder
+
   def run(self, row: str, judge: Judge) -> None:
     """Trains a row, or goes on with it, and writes its file."""
     wall, experiment = time.perf_counter(), self.rows[row]
-    folder = self.out / 'runs' / f'{row.replace("/", "-")}-{definition(experiment)}'
-    train(experiment, folder)
-    trained = _seconds(folder)
+    folder = self.trained(row)
     loaded = runs.load(folder)
     scores = Scores(loaded, quiet=True)
-    tokenizer_scores(loaded, scores, judge, experiment.data, beside=False)
-    found = {score.name: score.value for score in scores.rows}
     results = {
         'row': row.partition('/')[0], 'seed': experiment.seed, 'bits': loaded.spec.bits,
-        'parameters': _parameters(loaded), 'seconds_per_step': trained, **found,
-        'usage': _mean(found, 'usage'), 'perplexity': _mean(found, 'perplexity')}
+        'parameters': _parameters(loaded), 'seconds_per_step': _seconds(folder)}
+    if isinstance(experiment.model, GeneratorConfig):
+      results |= generated(loaded, scores, judge, experiment,
+                           self.results / f'{row.replace("/", "-")}.png')
+    else:
+      tokenizer_scores(loaded, scores, judge, experiment.data, beside=False)
+      found = {score.name: score.value for score in scores.rows}
+      results |= {**found, 'usage': _mean(found, 'usage'),
+                  'perplexity': _mean(found, 'perplexity')}
     if len(runs.outline(folder).steps) > experiment.checkpoint.keep:
       results['curve'] = curve(folder, experiment)
     provenance.record(
@@ -81,6 +108,34 @@ class Study:
         experiment=to_json(experiment), fingerprint=loaded.fingerprint, images=IMAGES)
     say(f'{row}: ' + '  '.join(f'{k} {v:.4g}' for k, v in results.items()
                                if isinstance(v, int | float) and '_depth' not in k))
+
+
+def generated(loaded: runs.Loaded, scores: Scores, judge: Judge, experiment: Experiment,
+              picture: pathlib.Path) -> dict[str, Any]:
+  """The scores of a generator's samples, images per second with one program, and a picture."""
+  codec = runs.load_tokenizer(loaded)
+  settings = experiment.settings or loaded.model.settings()
+  data = runs.pixels(experiment.data, codec)
+  samples = generator_scores(loaded, codec, scores, judge, data, n=IMAGES, seed=experiment.seed,
+                             settings=settings)
+  sampler = Sampler(BATCH)
+  rates = []
+  for batch in sampler.batches(loaded, codec, n=3 * BATCH, seed=1, settings=settings):
+    np.asarray(batch.images)
+    rates.append(time.perf_counter())
+  save_grid(picture, samples.images[:GRID * GRID], columns=GRID)
+  found: dict[str, Any] = {'images_per_second': BATCH / (rates[2] - rates[1])}
+  for score in scores.rows:
+    found[score.name] = score.value
+    name = score.name.partition('_')[0]
+    if name in ('fd', 'agreement') or score.name == 'class_agreement':
+      found[name] = score.value
+      found |= {f'{name}_{key}': value for key, value in score.beside.items()
+                if key in ('floor', 'untrained', 'judge_accuracy')}
+    if score.name == 'bits_per_token_held_out':
+      found |= {key: score.beside[key]
+                for key in ('unigram', 'positional_unigram', 'neighbours', 'likelihood')}
+  return found
 
 
 def definition(experiment: Experiment) -> str:
@@ -151,11 +206,10 @@ def execute(study: Study, chosen: list[str], *, worker: int = 0, workers: int = 
       continue
     experiment = study.rows[row]
     try:
-      with cells.Folder(study.out, definition(experiment)).lock():
-        data = seal(_said(experiment.data))
-        if data not in judges:
-          judges[data] = open_judge(experiment.data, references(study.out), n=IMAGES)
-        study.run(row, judges[data])
+      data = seal(_said(experiment.data))
+      if data not in judges:
+        judges[data] = open_judge(experiment.data, references(study.out), n=IMAGES)
+      study.run(row, judges[data])
     except cells.Taken as error:
       say(f'{row}: {error}')
     except (exits.Preempted, KeyboardInterrupt):
@@ -199,6 +253,8 @@ def _spreads(found: list[dict[str, Any]]) -> dict[str, Any]:
       deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
       out[name] = {'mean': mean, 'deviation': deviation, 'text': _text(mean, deviation)}
   distance = next((name for name in out if name.startswith('rfd_')), None)
+  kinds = {row['likelihood'] for row in found if 'likelihood' in row}
+  out |= {'likelihood': kinds.pop()} if kinds else {}
   return {**out, **({'rfd': {**out[distance], 'name': distance}} if distance else {})}
 
 
@@ -242,7 +298,8 @@ def main(values: Any) -> int:
     return 0
   failed = execute(study, chosen, worker=values.worker, workers=values.num_workers)
   first = next((row for row in rows if study.finished(row)), None)
-  if first is not None:
+  if first is not None and not any(isinstance(row.model, GeneratorConfig)
+                                   for row in rows.values()):
     bits = provenance.load(study.path(first))['results']['bits']
     record_baselines(study, rows[first], bits)
   summarize(study)

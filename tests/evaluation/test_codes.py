@@ -77,3 +77,52 @@ def test_refusals():
     codes.code_use(np.zeros(4, int))
   with pytest.raises(ValueError, match='at least one'):
     codes.unigram_bits(spec, np.zeros((0, 2, 1), int), np.zeros((1, 2, 1), int))
+
+
+def test_counts_of_neighbours_see_what_touches_and_nothing_else():
+  rng = np.random.default_rng(0)
+  grid = TokenSpec(grid=(6, 6), vocab=(5,))
+  # every code is that on its left plus that above, with a coin: one bit of noise
+  def draw(n):
+    x = np.zeros((n, 6, 6), np.int32)
+    for i in range(6):
+      for j in range(6):
+        left = x[:, i, j - 1] if j else 0
+        up = x[:, i - 1, j] if i else 1
+        x[:, i, j] = (left + up + rng.integers(0, 2, n)) % 5
+    return x.reshape(n, 36, 1)
+
+  train, held_out = draw(3000), draw(500)
+  assert codes.neighbour_bits(grid, train, held_out) == pytest.approx(1.0, abs=0.01)
+  assert codes.unigram_bits(grid, train, held_out) > 2.3
+  # in a row the two codes before
+  row = TokenSpec(grid=(36,), vocab=(5,))
+  x = rng.integers(0, 5, (3000, 36), np.int32)
+  for i in range(2, 36):
+    x[:, i] = (x[:, i - 1] + x[:, i - 2] + rng.integers(0, 2, 3000)) % 5
+  x = x[..., None]
+  exact = (2 * np.log2(5) + 34) / 36
+  assert codes.neighbour_bits(row, x[:2500], x[2500:]) == pytest.approx(exact, abs=0.02)
+  # independent codes have nothing to tell: the unigram, up to what smoothing costs
+  x = rng.choice(5, (3000, 36, 1), p=[.6, .1, .1, .1, .1]).astype(np.int32)
+  found = codes.neighbour_bits(grid, x[:2500], x[2500:])
+  assert found == pytest.approx(codes.unigram_bits(grid, x[:2500], x[2500:]), abs=0.01)
+
+
+def test_counts_of_neighbours_are_a_distribution():
+  """Probabilities of all values at one place, given the same neighbours, sum to one."""
+  spec = TokenSpec(grid=(2, 2), vocab=(3, 3))
+  train = np.random.default_rng(1).integers(0, 3, (50, 4, 2), np.int32)
+  row = train[:1].repeat(3, 0)
+  row[:, 3, 1] = np.arange(3)  # the last position is nobody's neighbour
+  nats = np.array([codes._neighbour_nats(spec, train, row[i:i + 1], 4.0) for i in range(3)])
+  probability = np.exp(nats.min() - nats) / np.exp(nats.min() - nats).sum()  # the rest is the same
+  # by hand: counts of (left, up), of (left) and of the code, smoothed with 4
+  x = train[:, :, 1]
+  left, up = row[0, 2, 1], row[0, 1, 1]
+  lefts = np.stack([np.full(50, 3), x[:, 0], np.full(50, 3), x[:, 2]], 1)
+  ups = np.stack([np.full(50, 3), np.full(50, 3), x[:, 0], x[:, 1]], 1)
+  p = (np.bincount(x.ravel(), minlength=3) + 1) / (x.size + 3)
+  for near in (lefts == left, (lefts == left) & (ups == up)):
+    p = (np.bincount(x[near], minlength=3) + 4 * p) / (near.sum() + 4)
+  np.testing.assert_allclose(probability, p, rtol=1e-9)
