@@ -1,4 +1,4 @@
-"""Every generator and sampler on one data set, at one rate of bits: smalti sweep --config=generators.
+"""Every generator and sampler on MNIST, at one rate of bits: smalti sweep --config=generators.
 
 MNIST becomes 7 x 7 positions of 6 bits: one code of 64, two residual codes of 8, six bits, or 16
 ordered registers of 64. The transformers have 4 blocks of 128 channels, about a million parameters
@@ -49,10 +49,12 @@ CODES: dict[str, tuple[QuantizerConfig, LossWeights]] = {
     'lfq': (LFQConfig(bits=6), LossWeights(reconstruction=4.0, entropy=0.02, entropy_boost=3.0)),
     'nested': (FSQConfig(levels=(4, 4, 4)), LossWeights()),
 }
-SPECS = {'vq': TokenSpec(grid=(7, 7), vocab=(64,)), 'lfq': TokenSpec(grid=(7, 7), vocab=(64,)),
+SPECS = {'vq': TokenSpec(grid=(7, 7), vocab=(64,)),
          'rvq': TokenSpec(grid=(7, 7), vocab=(8, 8), order='depth'),
-         'bits': TokenSpec(grid=(7, 7), vocab=(2,) * 6),
-         'nested': TokenSpec(grid=(16,), vocab=(64,), order='nested')}
+         'bits': TokenSpec(grid=(7, 7), vocab=(2,) * 6, factors=(2,)),
+         'lfq': TokenSpec(grid=(7, 7), vocab=(64,), factors=(2,) * 6),
+         'nested': TokenSpec(grid=(16,), vocab=(64,), factors=(4, 4, 4), order='nested',
+                             budgets=tuple(range(1, 17)))}
 STEPS = 2500
 HALTON = MaskedSettings(sampler='halton', steps=16)
 # name: the tokens, the generator and, where they are not its own, how it is sampled

@@ -66,6 +66,21 @@ def test_rows_of_the_quantizer_study_have_one_rate_and_one_net():
   assert max(parts) < 1.06 * min(parts)  # convolutions to the codes' channels alone differ
 
 
+def test_rows_of_the_generator_study_stand_on_their_tokenizers():
+  from smalti.configs import generators
+  rows = generators.get_sweep()
+  specs = {}
+  for name in generators.CODES:
+    model = nnx.eval_shape(lambda e=rows[f'tokens {name}']: e.model.build(rngs=nnx.Rngs(0)))
+    specs[f'row:tokens {name}'] = model.spec
+    assert model.spec == generators.SPECS[name]
+    assert model.spec.bits == (96 if name == 'nested' else 294)
+  for row, experiment in rows.items():
+    if isinstance(experiment.model, GeneratorConfig):
+      assert experiment.published.spec == specs[experiment.tokenizer], row
+      assert 0.5e6 < states.count(abstract('generators', row.partition('/')[0])[0]) < 2e6, row
+
+
 def test_every_sharding_rule_matches_a_parameter_of_some_config():
   unused = set(range(len(meshes.RULES)))
   for name, size in SIZES:
