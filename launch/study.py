@@ -118,13 +118,13 @@ def generated(loaded: runs.Loaded, scores: Scores, judge: Judge, experiment: Exp
   data = runs.pixels(experiment.data, codec)
   samples = generator_scores(loaded, codec, scores, judge, data, n=IMAGES, seed=experiment.seed,
                              settings=settings)
-  sampler = Sampler(BATCH)
-  rates = []
-  for batch in sampler.batches(loaded, codec, n=3 * BATCH, seed=1, settings=settings):
+  sampler, clock = Sampler(BATCH), []
+  models = sampler.place(loaded), sampler.place(codec)
+  for batch in sampler.batches(*models, n=3 * BATCH, seed=1, settings=settings):
     np.asarray(batch.images)
-    rates.append(time.perf_counter())
+    clock.append(time.perf_counter())
   save_grid(picture, samples.images[:GRID * GRID], columns=GRID)
-  found: dict[str, Any] = {'images_per_second': BATCH / (rates[2] - rates[1])}
+  found: dict[str, Any] = {'images_per_second': BATCH / (clock[2] - clock[1])}
   for score in scores.rows:
     found[score.name] = score.value
     name = score.name.partition('_')[0]

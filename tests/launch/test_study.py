@@ -121,3 +121,31 @@ def test_rows_are_trained_scored_and_gone_on_with(tmp_path, config):
   assert found['experiment']['steps'] == 2 and len(found['definition']) == 12
   rows = json.loads((out / 'results.json').read_text())['results']
   assert rows['wide']['state'] == 'not run' and rows['mean image']['state'] == 'baseline'
+
+
+@pytest.mark.slow
+def test_a_generator_waits_for_its_tokenizer_and_samplers_share_its_run(tmp_path, monkeypatch):
+  from smalti.configs import digits_masked, digits_vq
+  from smalti.generators.unmasking import MaskedSettings
+  monkeypatch.setattr(study, 'IMAGES', 96)
+  masked = dataclasses.replace(digits_masked.get_config('debug'), tokenizer='row:tokens')
+  rows = {'tokens': digits_vq.get_config('debug'), 'masked': masked,
+          'masked ancestral': dataclasses.replace(
+              masked, settings=MaskedSettings(sampler='ancestral', steps=5))}
+  asked = Study('rows', rows, tmp_path / 'out', tmp_path / 'results')
+  assert execute(asked, ['masked ancestral', 'masked']) == 0
+  assert len(list((tmp_path / 'out' / 'runs').iterdir())) == 2  # one tokenizer, one generator
+  found = {row: provenance.load(asked.path(row))['results'] for row in list(rows)[1:]}
+  for row in found.values():
+    assert {'fd', 'fd_floor', 'unigram', 'neighbours', 'class_agreement',
+            'nearest_train_ratio', 'images_per_second'} <= set(row)
+    assert row['likelihood'] == 'bound'
+  same = [row['bits_per_token_held_out'] for row in found.values()]
+  assert same[0] == same[1]  # the likelihood is the model's, the samples are the sampler's
+  assert found['masked']['fd'] != found['masked ancestral']['fd']
+  assert found['masked ancestral']['nfe'] == 5
+  assert asked.path('masked').with_suffix('.png').exists()
+  table = summarize(asked)
+  assert table['tokens']['state'] == 'not run' and table['masked']['likelihood'] == 'bound'
+  with pytest.raises(ValueError, match='not among the rows'):
+    Study('rows', {'masked': masked}, tmp_path / 'out', tmp_path).trained('masked')
