@@ -95,6 +95,10 @@ class Masked(Generator):
       raise ValueError(f'label_dropout={config.label_dropout} must be within 0..1.')
     if not 0 <= config.label_smoothing < 1:
       raise ValueError(f'label_smoothing={config.label_smoothing} must be at least 0 and below 1.')
+    self._network(config, rngs)
+
+  def _network(self, config: Any, rngs: nnx.Rngs) -> None:
+    """Builds what `_outputs` runs."""
     body = config.transformer
     if body.modulated and not config.classes:
       raise ValueError('modulated=True needs classes > 0: the label is what modulates.')
@@ -160,14 +164,20 @@ class Masked(Generator):
              labels: Int[Array, 'b'] | None, *, key: Array | None = None, train: bool = False
              ) -> Float[Array, 'b n v']:
     """The scores of every code at every position; tokens at masked positions are not read."""
-    x, where = self._inputs(tokens, masked, labels)
-    y = self.transformer(x, **where, key=key, train=train)
-    y = self.head(y[:, -self.slots.length:])
+    y = self._outputs(tokens, masked, labels, key=key, train=train)
     sizes = np.array(self.slots.vocab)
     if len(set(self.slots.vocab)) > 1:  # columns that a shorter alphabet lacks repeat its last one
       first = np.cumsum(sizes) - sizes
       y = y[..., first[:, None] + np.minimum(np.arange(sizes.max()), sizes[:, None] - 1)]
     return y.reshape(len(tokens), self.flat.length, -1)
+
+  def _outputs(self, tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n'],
+               labels: Int[Array, 'b'] | None, *, key: Array | None, train: bool
+               ) -> Float[Array, 'b s v']:
+    """All columns of every slot, those of its first code first."""
+    x, where = self._inputs(tokens, masked, labels)
+    y = self.transformer(x, **where, key=key, train=train)
+    return self.head(y[:, -self.slots.length:])
 
   def hidden(self, tokens: Int[Array, 'b n d'], *, blocks: tuple[int, ...], keys: Array,
              noise: float | Array = 0.0) -> list[Float[Array, 'b m c']]:

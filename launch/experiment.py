@@ -109,8 +109,8 @@ class Experiment:
   Attributes:
     model: a tokenizer's or a generator's config; its type selects the class.
     data: where examples come from.
-    tokenizer: for generators: a run folder (`RUN` or `RUN@STEP`), an exported file, or a folder of
-      stored tokens.
+    tokenizer: for generators: a run folder (`RUN` or `RUN@STEP`), an exported file, a folder of
+      stored tokens, or `pixels:HxWxC`, which needs no run.
     settings: default sampling settings of a generator, a frozen dataclass; None takes its own.
     steps: optimizer steps.
     batch_size: examples per step, over all devices and micro-batches.

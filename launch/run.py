@@ -1,7 +1,8 @@
 """Runs: a folder with `config.json`, `checkpoints/`, `metrics.jsonl`, `samples/`, `report/`.
 
 `load` opens what a tokenizer reference may name: a run folder (`RUN`, `RUN@STEP`), an exported file
-(.safetensors), or a folder of stored tokens, which names the tokenizer it was made with.
+(.safetensors), a folder of stored tokens, which names the tokenizer it was made with, or
+`pixels:HxWxC`, the levels of an image themselves, for which nothing was trained.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from smalti.launch.checkpoint import Checkpoints
 from smalti.launch.experiment import Experiment
 from smalti.launch.tracker import redact
 from smalti.networks.model import ModelConfig
+from smalti.tokenizers.pixels import PixelsConfig
 from smalti.tokenizers.spec import TokenSpec
 
 FORMAT = 1
@@ -41,9 +44,9 @@ class Loaded:
     spec: its tokens; None for what has none, such as a classifier.
     fingerprint: 16 hex digits over config, leaves and spec; for generators, that of the tokenizer
       they were trained on.
-    experiment: the run's experiment, or None for an exported file.
+    experiment: the run's experiment, or None for an exported file and for pixels.
     step: the checkpoint's step.
-    path: the run folder or file.
+    path: the run folder or file; of pixels, the reference.
     weights: 'ema' or 'raw'.
   """
   model: Any
@@ -156,7 +159,7 @@ def fingerprint(stored: dict, spec: TokenSpec | None, *leaves: dict) -> str:
 
 
 def load(reference: str | os.PathLike, *, weights: str = 'ema', whole: bool = False) -> Loaded:
-  """Opens a run folder (`RUN`, `RUN@STEP`), an exported file, or a token folder's tokenizer.
+  """Opens a run folder (`RUN`, `RUN@STEP`), an exported file, a token folder's tokenizer or pixels.
 
   `RUN` is its best checkpoint if it tracks a metric, else its newest.
 
@@ -169,6 +172,8 @@ def load(reference: str | os.PathLike, *, weights: str = 'ema', whole: bool = Fa
     ValueError: an unknown format, a damaged file, or a tokenizer that was retrained.
   """
   text = str(reference)
+  if text.startswith('pixels:'):
+    return _pixels(text)
   folder, at = split_reference(text)
   if folder.suffix == '.safetensors' and folder.is_file():
     from smalti.launch import export
@@ -178,7 +183,7 @@ def load(reference: str | os.PathLike, *, weights: str = 'ema', whole: bool = Fa
   if not folder.exists():
     raise FileNotFoundError(
         f'No tokenizer or run at {text}; name a run folder, RUN@STEP, an exported .safetensors '
-        'file or a token folder.')
+        'file, a token folder, or pixels:HxWxC.')
   experiment = read_experiment(folder)
   checkpoints = Checkpoints(folder / 'checkpoints', best=experiment.checkpoint.best,
                             mode=experiment.checkpoint.mode)
@@ -272,6 +277,19 @@ def _load_checkpoint(folder: pathlib.Path, experiment: Experiment, checkpoints: 
     mark = fingerprint(stored, spec, states.released(params), states.released(buffers))
   return Loaded(model, config, stored, spec, mark, experiment, step, folder,
                 'ema' if averaged else 'raw')
+
+
+def _pixels(reference: str) -> Loaded:
+  """The tokenizer of `pixels:HxWxC`."""
+  sizes = re.fullmatch(r'pixels:(\d+)x(\d+)x(\d+)', reference)
+  if sizes is None:
+    raise ValueError(f'{reference!r} is not pixels:HxWxC; say pixels:32x32x3 for 32 x 32 pixels of '
+                     'three channels.')
+  height, width, channels = map(int, sizes.groups())
+  config = PixelsConfig(image_size=(height, width), channels=channels)
+  model, stored = config.build(rngs=nnx.Rngs(0)), serialization.to_json(config)
+  return Loaded(model, config, stored, model.spec, fingerprint(stored, model.spec), None, 0,
+                pathlib.Path(reference), 'raw')
 
 
 def _load_token_folder(folder: pathlib.Path, weights: str) -> Loaded:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from smalti.networks.layers import constrain
+from smalti.networks.layers import Linear, constrain
 
 
 def kernel_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, *_: Any) -> Array:
@@ -211,22 +211,32 @@ class Middle(nnx.Module):
 
 
 class Residual(nnx.Module):
-  """x + conv(swish(norm(conv(swish(norm(x)))))), 1x1 on the skip when the channels change."""
+  """x + conv(swish(norm(conv(swish(norm(x)))))), 1x1 on the skip when the channels change.
 
-  def __init__(self, inside: int, outside: int, *, dropout: float, bias: bool = True, dtype: Any,
-               rngs: nnx.Rngs):
+  Args:
+    zero: the last convolution starts at zero, and the block as its skip.
+    condition: width of a vector per example from which both norms are modulated; 0 is none.
+  """
+
+  def __init__(self, inside: int, outside: int, *, dropout: float, bias: bool = True,
+               zero: bool = False, condition: int = 0, dtype: Any, rngs: nnx.Rngs):
     self.norm1 = Norm(inside, rngs=rngs)
     self.conv1 = conv(inside, outside, bias=bias, dtype=dtype, rngs=rngs)
     self.norm2 = Norm(outside, rngs=rngs)
-    self.conv2 = conv(outside, outside, bias=bias, dtype=dtype, rngs=rngs)
+    self.conv2 = conv(outside, outside, bias=bias, zero=zero, dtype=dtype, rngs=rngs)
     self.skip = None if inside == outside else linear(
         inside, outside, bias=bias, dtype=dtype, rngs=rngs)
-    self.dropout = dropout
+    self.modulation = Linear(  # scale and shift of the first norm, then of the second
+        condition, 2 * (inside + outside), bias=True, std=0, rngs=rngs) if condition else None
+    self.dropout, self.inside = dropout, inside
 
-  def __call__(self, x: Float[Array, 'b h w c'], *, key: Array | None, train: bool
-               ) -> Float[Array, 'b h w f']:
-    y = self.conv1(self.norm1(x))
-    y = self.norm2(y)
+  def __call__(self, x: Float[Array, 'b h w c'], *, key: Array | None, train: bool,
+               condition: Float[Array, 'b f'] | None = None) -> Float[Array, 'b h w f']:
+    first = second = None
+    if self.modulation is not None:
+      first, second = jnp.split(self.modulation(condition), [2 * self.inside], -1)
+    y = self.conv1(self.norm1(x, first))
+    y = self.norm2(y, second)
     if train and self.dropout:
       if key is None:
         raise ValueError(f'dropout={self.dropout} draws a mask in training; pass key.')
@@ -259,11 +269,15 @@ class Norm(nnx.Module):
     self.scale = nnx.Param(jnp.ones(features))
     self.bias = nnx.Param(jnp.zeros(features))
 
-  def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b h w c']:
+  def __call__(self, x: Float[Array, 'b h w c'], modulation: Float[Array, 'b m'] | None = None
+               ) -> Float[Array, 'b h w c']:
     y = x.astype(jnp.float32)
     mean, variance = moments(y, self.groups)
     gain = jax.lax.rsqrt(variance + 1e-6) * self.scale[...]  # 1e-6 as in taming-transformers
     y = (y - mean) * gain + self.bias[...]
+    if modulation is not None:
+      scale, shift = jnp.split(modulation[:, None, None], 2, -1)
+      y = y * (1 + scale) + shift
     return (jax.nn.swish(y) if self.swish else y).astype(x.dtype)
 
 
@@ -343,10 +357,11 @@ class Up(nnx.Module):
 
 
 def conv(inside: int, outside: int, *, strides: int = 1, padding: Any = 'SAME', bias: bool = True,
-         dtype: Any, rngs: nnx.Rngs) -> nnx.Conv:
+         zero: bool = False, dtype: Any, rngs: nnx.Rngs) -> nnx.Conv:
   """A 3x3 convolution."""
+  init = nnx.initializers.zeros if zero else kernel_init
   return nnx.Conv(inside, outside, (3, 3), strides=strides, padding=padding, use_bias=bias,
-                  dtype=dtype, kernel_init=kernel_init, rngs=rngs)
+                  dtype=dtype, kernel_init=init, rngs=rngs)
 
 
 def linear(inside: int, outside: int, *, bias: bool = True, dtype: Any, rngs: nnx.Rngs

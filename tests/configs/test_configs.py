@@ -161,6 +161,8 @@ def test_debug_trains_two_steps(name, tokenizer_runs, pictures, tmp_path):
     experiment.data = FolderConfig(path=str(pictures), size=experiment.data.size)
   if isinstance(experiment.data, CaptionsConfig):  # its text is needed, and so its tokenizer
     experiment.tokenizer = experiment.tokenizer and str(tokenizer_runs('captions_vq'))
+  elif (experiment.tokenizer or '').startswith('pixels:'):
+    assert runs.load(experiment.tokenizer).spec == experiment.published.spec
   elif isinstance(experiment.model, GeneratorConfig) and not text:
     spec = experiment.published.spec
     experiment.tokenizer = str(tokenizer_runs(
