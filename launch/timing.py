@@ -101,7 +101,9 @@ class Peer:
           f'--peer_python={python} is no file; name an interpreter with torch and transformers.')
     threads = {f'{library}_NUM_THREADS': str(THREADS) for library in ('OMP', 'MKL', 'OPENBLAS')}
     # A spinning barrier makes torch 3-60 times slower as soon as another process takes a core.
-    environment = {**os.environ, **threads, 'OMP_WAIT_POLICY': 'PASSIVE'}
+    # Neither side keeps compiled programs: first calls are compared too.
+    environment = {**os.environ, **threads, 'OMP_WAIT_POLICY': 'PASSIVE',
+                   'TORCHINDUCTOR_FORCE_DISABLE_CACHES': '1'}
     self.process = subprocess.Popen(
         [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=environment, cwd=script.parent)
