@@ -171,6 +171,6 @@ def fold(keys: Array, data: Array | int) -> Array:
   return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
 
 
-def rank(score: Float[Array, 'b n'] | Int[Array, 'b n']) -> Int[Array, 'b n']:
+def rank(score: Float[Array, '*b n'] | Int[Array, '*b n']) -> Int[Array, '*b n']:
   """The place of every entry when the row is sorted; ties have places of their own."""
   return jnp.argsort(jnp.argsort(score, -1), -1)
