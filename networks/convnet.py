@@ -231,7 +231,7 @@ class Residual(nnx.Module):
     self.dropout, self.inside = dropout, inside
 
   def __call__(self, x: Float[Array, 'b h w c'], *, key: Array | None, train: bool,
-               condition: Float[Array, 'b f'] | None = None) -> Float[Array, 'b h w f']:
+               condition: Float[Array, 'b m'] | None = None) -> Float[Array, 'b h w f']:
     first = second = None
     if self.modulation is not None:
       first, second = jnp.split(self.modulation(condition), [2 * self.inside], -1)

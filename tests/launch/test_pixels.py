@@ -1,0 +1,41 @@
+"""Pixels as a tokenizer without a run: a generator trains on them, and what it draws are images."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from smalti.configs import cifar10_md4
+from smalti.data.digits import DigitsConfig
+from smalti.launch import run as runs
+from smalti.launch.experiment import MeshConfig
+from smalti.launch.sample import draw
+from smalti.launch.train import train
+
+
+def test_the_mark_of_pixels_is_of_their_sizes():
+  one, same, other = (runs.load(f'pixels:{size}') for size in ('8x8x1', '8x8x1', '4x16x1'))
+  assert one.fingerprint == same.fingerprint != other.fingerprint
+  assert other.spec.grid == (4, 16) and runs.kind(one.model) == 'tokenizer'
+  assert not jax.tree.leaves(one.model)
+  for text in ('pixels:8', 'pixels:8x8', 'pixels:8x8x3@4'):
+    with pytest.raises(ValueError, match='is not pixels:HxWxC'):
+      runs.load(text)
+
+
+def test_a_generator_of_pixels_trains_and_draws_images(tmp_path):
+  experiment = dataclasses.replace(
+      cifar10_md4.get_config('debug'), data=DigitsConfig(), tokenizer='pixels:8x8x1',
+      mesh=MeshConfig(data=1), steps=1)
+  experiment.model = dataclasses.replace(experiment.model, width=8)
+  scores = train(experiment, tmp_path)
+  assert abs(scores['eval/bits_per_token'] - 8) < .1  # bits per dimension
+  loaded = runs.load(tmp_path)
+  pixels = runs.load_tokenizer(loaded)
+  settings = dataclasses.replace(experiment.settings, steps=2)
+  drawn = draw(loaded, pixels, n=2, seed=0, settings=settings)
+  assert drawn.images.dtype == np.uint8 and drawn.images.shape == (2, 8, 8, 1)
+  np.testing.assert_array_equal(drawn.images.reshape(2, 64, 1), drawn.tokens)
+  with pytest.raises(ValueError, match='was trained on tokenizer'):
+    runs.load_tokenizer(loaded, 'pixels:16x4x1')
