@@ -73,6 +73,8 @@ class AutoregressiveSettings(Settings):
     guidance_schedule: s over the codes, see `schedules.guidance`, with its power, start and stop.
     prefill: the number of leading positions that `known_mask` holds in every row; they are read
       in one pass.
+    keep: of ordered positions ('nested'), how many are drawn, the first of every length; the rest
+      is 0, which `decode(keep=)` does not read. None is all of them.
     order: of a model of all orders: 'raster', or 'random', one for every example.
     cache: None keeps keys and values as they are computed, 'int8' in a quarter of float32.
     weights: of the blocks: None as trained, 'int8' rounded once, before the first code.
@@ -89,6 +91,7 @@ class AutoregressiveSettings(Settings):
   guidance_start: float = 0.0
   guidance_stop: float = 1.0
   prefill: int = 0
+  keep: int | None = None
   order: Literal['raster', 'random'] = 'raster'
   cache: Literal['int8'] | None = None
   weights: Literal['int8'] | None = None
@@ -295,7 +298,7 @@ class Autoregressive(Generator):
     if self.flat.eos is not None:
       done = jnp.any(tokens[:, :prefill] == self.flat.eos, -1)
     state = (jnp.asarray(prefill), slots[:, -1:], cache, tokens, done, jnp.zeros(batch), seen)
-    for end in segments(prefill, length):
+    for end in segments(prefill, self._stop(settings, prefill)):
       state = (*state[:2], self.transformer.grow(state[2], before + end), *state[3:])
 
       def unfinished(state, end=end):  # nothing is left to do once every row has its EOS
@@ -450,6 +453,18 @@ class Autoregressive(Generator):
     if fixed is not None:
       rank = jnp.where(fixed, jnp.arange(self.flat.length) - self.flat.length, rank)
     return jnp.argsort(rank, -1)
+
+  def _stop(self, settings: AutoregressiveSettings, prefill: int) -> int:
+    """How many codes are drawn."""
+    if settings.keep is None:
+      return self.flat.length
+    stop = settings.keep * self.spec.depth
+    if self.spec.order != 'nested' or settings.order != 'raster' or not (
+        max(prefill, 1) <= stop <= self.flat.length):
+      raise ValueError(
+          f'keep={settings.keep} is for tokens whose order is nested (these: {self.spec.order}), '
+          f'drawn in that order, from prefill={settings.prefill} to {self.spec.length}.')
+    return stop
 
   def _positions(self) -> Int[Array, 'n a']:
     """Coordinates of the slots: the origin for the prefix, then those of the codes but the last."""

@@ -78,7 +78,9 @@ class Sampler:
     def program(generator, tokenizer, condition, keys, settings):
       self.programs += 1  # while it is traced
       sample = generator.sample(condition, keys=keys, settings=settings)
-      images = to_uint8(tokenizer.decode(sample.tokens, keys=keys))
+      keep = getattr(settings, 'keep', None)
+      keep = None if keep is None else jnp.full(len(keys), keep, jnp.int32)
+      images = to_uint8(tokenizer.decode(sample.tokens, keep=keep, keys=keys))
       return sample.tokens, images, jnp.asarray(sample.nfe)
 
     self._program = jax.jit(program)

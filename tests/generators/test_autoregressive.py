@@ -110,6 +110,30 @@ def test_a_samples_own_prefix_continues_it(spec, prefill):
     assert again.nfe == passes and again.exact.all()
 
 
+def test_the_first_codes_are_the_same_whatever_number_is_drawn():
+  spec = TokenSpec(grid=(9,), vocab=(5,), order='nested', budgets=(1, 2, 4, 9))
+  model = build(spec, axes=1)
+  whole = sample(model, 6)
+  for keep in (1, 4, 8):
+    part = sample(model, 6, keep=keep)
+    np.testing.assert_array_equal(part.tokens[:, :keep], whole.tokens[:, :keep])
+    assert (part.tokens[:, keep:] == 0).all() and part.nfe == keep
+    np.testing.assert_allclose(
+        part.log_prob, log_prob_of_prefix(model, part.tokens, keep), atol=1e-4)
+  assert len(np.unique(np.asarray(whole.tokens[:, 4:]))) > 1
+  for settings, message in ((dict(keep=0), 'keep=0'), (dict(keep=10), 'to 9')):
+    with pytest.raises(ValueError, match=message):
+      sample(model, 2, **settings)
+  with pytest.raises(ValueError, match='these: raster'):
+    sample(build(GRID), 2, keep=3)
+
+
+def log_prob_of_prefix(model, tokens, keep):
+  logits = forced(model, tokens[..., 0], jnp.zeros(len(tokens), jnp.int32))
+  picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens, -1)[..., 0]
+  return picked[:, :keep].sum(-1)
+
+
 def test_guided_decoding_equals_the_full_pass():
   model, scale, label = build(classes=3), 1.7, jnp.array([0, 1, 2, 0])
   drawn = sample(model, 4, label=label, guidance=scale)
