@@ -24,8 +24,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from smalti.generators import logits as ids, schedules
-from smalti.generators.generator import Generator, GeneratorConfig, Sample, Settings, settings
+from smalti.generators import logits as ids
+from smalti.generators.generator import (
+    DrawSettings,
+    Generator,
+    GeneratorConfig,
+    GuidanceSettings,
+    Sample,
+    fold,
+    settings,
+)
 from smalti.generators.text import Context, Text, TextConfig
 from smalti.networks.layers import Embedding, Linear, constrain, dropout
 from smalti.networks.quantized import quantized
@@ -63,14 +71,11 @@ class AutoregressiveConfig(GeneratorConfig):
 
 
 @settings
-class AutoregressiveSettings(Settings):
+class AutoregressiveSettings(DrawSettings, GuidanceSettings):
   """How to draw codes.
 
   Args:
-    temperature, top_k, typical, top_p, min_p: see `generators.logits.process`.
     repetition: see `generators.logits.penalize`; known codes count too.
-    guidance: scale s of u + s (c - u), on a doubled batch; None is one conditional pass.
-    guidance_schedule: s over the codes, see `schedules.guidance`, with its power, start and stop.
     prefill: the number of leading positions that `known_mask` holds in every row; they are read
       in one pass.
     keep: of ordered positions ('nested'), how many are drawn, the first of every length; the rest
@@ -79,17 +84,7 @@ class AutoregressiveSettings(Settings):
     cache: None keeps keys and values as they are computed, 'int8' in a quarter of float32.
     weights: of the blocks: None as trained, 'int8' rounded once, before the first code.
   """
-  temperature: float = 1.0
   repetition: float | None = None
-  top_k: int | None = None
-  typical: float | None = None
-  top_p: float | None = None
-  min_p: float | None = None
-  guidance: float | None = None
-  guidance_schedule: schedules.Guidance = 'constant'
-  guidance_power: float = 1.0
-  guidance_start: float = 0.0
-  guidance_stop: float = 1.0
   prefill: int = 0
   keep: int | None = None
   order: Literal['raster', 'random'] = 'raster'
@@ -220,11 +215,8 @@ class Autoregressive(Generator):
       raise ValueError(
           f'condition holds {sorted(unread)}, and this generator with classes={self.classes} reads '
           f'{", ".join(reads) or "nothing"}.')
-    label, text, scales = self._label(condition, batch), self._read(condition, batch), None
-    if guided:
-      scales = schedules.guidance(
-          settings.guidance_schedule, settings.guidance, length, power=settings.guidance_power,
-          start=settings.guidance_start, stop=settings.guidance_stop)
+    label, text = self._label(condition, batch), self._read(condition, batch)
+    scales = settings.scales(length)
     if known is None:
       fixed = None
       tokens = jnp.zeros((batch, length), jnp.int32)
@@ -237,11 +229,11 @@ class Autoregressive(Generator):
       tokens, fixed, known = (
           jnp.take_along_axis(x, order, 1) for x in (tokens, fixed, known))
 
-    def double(x):  # conditional and unconditional row of an example next to each other
+    def double(x):
       return jnp.repeat(x, 2, 0) if guided else x
 
     if guided:
-      label = jnp.stack([label, jnp.full_like(label, self.classes)], 1).reshape(-1)
+      label = ids.pair(label, jnp.full_like(label, self.classes))
       text = None if text is None else self.text.guided(text)
     layers, before = self.transformer.unstack(), self.before
     memories = self.transformer.read(self._memory(text), layers)
@@ -267,7 +259,7 @@ class Autoregressive(Generator):
           positions=jax.tree.map(lambda r: jax.lax.dynamic_slice_in_dim(r, slot, 1), rotations))
       logits = constrain(self.head(y)[:, 0], 'b c')  # all columns on every device, to truncate
       if guided:
-        logits = ids.guide(*jnp.moveaxis(logits.reshape(batch, 2, -1), 1, 0), scales[i])
+        logits = ids.guide_pairs(logits, scales[i])
       old = jax.lax.dynamic_index_in_dim(tokens, i, 1, keepdims=False)
       clamp = jnp.full(batch, False) if fixed is None else fixed[:, i]
       if self.flat.eos is not None and fixed is not None:
@@ -276,9 +268,8 @@ class Autoregressive(Generator):
             logits, ~later[:, None] | (jnp.arange(logits.shape[-1]) != self.flat.eos))
       if seen is not None:
         logits = ids.penalize(logits, seen, settings.repetition)
-      logits = ids.process(logits, temperature=settings.temperature, top_k=settings.top_k,
-                           typical=settings.typical, top_p=settings.top_p, min_p=settings.min_p)
-      new = ids.draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
+      logits = settings.process(logits)
+      new = ids.draw(logits, fold(keys, i))
       log_prob += jnp.where(clamp | done, 0, ids.log_prob(logits, new))
       if self.flat.eos is not None:
         new = jnp.where(done, self.flat.eos, new)

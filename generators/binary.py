@@ -25,8 +25,8 @@ from smalti.generators import logits as processing, schedules
 from smalti.generators.generator import (
     Generator,
     GeneratorConfig,
+    GuidanceSettings,
     Sample,
-    Settings,
     check_request,
     read_labels,
     settings,
@@ -72,8 +72,8 @@ class BinaryConfig(GeneratorConfig):
 
 
 @settings
-class BinarySettings(Settings):
-  """How to sample.
+class BinarySettings(GuidanceSettings):
+  """How to sample; the published guidance, (1 + w) c - w u with w = 10, is 11 here.
 
   Args:
     steps: passes, over a subset of the trained times; None is all of them.
@@ -82,9 +82,6 @@ class BinarySettings(Settings):
     last: how bits become clean ones: 'draw', exact, or 'threshold', the likelier value (published).
     clamp: known bits on the way: 'clean', as they are (published), or 'renoise', with the noise of
       the step, which is what the network was trained on.
-    guidance: s in u + s (c - u), 1 is unguided; None is one pass without the null label. The
-      published (1 + w) c - w u with w = 10 is s = 11.
-    guidance_schedule: see `schedules.guidance`, with its power, start and stop.
     trace: keep the states on the way.
   """
   steps: int | None = None
@@ -92,11 +89,6 @@ class BinarySettings(Settings):
   temperature: float = 1.0
   last: Literal['draw', 'threshold'] = 'draw'
   clamp: Literal['clean', 'renoise'] = 'renoise'
-  guidance: float | None = None
-  guidance_schedule: schedules.Guidance = 'constant'
-  guidance_power: float = 1.0
-  guidance_start: float = 0.0
-  guidance_stop: float = 1.0
   trace: bool = False
 
 
@@ -300,7 +292,6 @@ class Binary(Generator):
     """
     size = keys.shape[0]
     check_request(self.classes, condition, known, known_mask, settings.guidance)
-    guided = settings.guidance is not None
     for name, value, choices in (('last', settings.last, ('draw', 'threshold')),
                                  ('clamp', settings.clamp, ('clean', 'renoise'))):
       if value not in choices:
@@ -315,11 +306,8 @@ class Binary(Generator):
       count = self.bits.depth // self.spec.depth
       fixed = jnp.repeat(jnp.asarray(known_mask, bool), count, -1)
     plan = {'t': times[:-1], 's': times[1:], 'step': jnp.arange(1, len(times))}
-    if guided:
-      plan['guidance'] = schedules.guidance(
-          settings.guidance_schedule, settings.guidance, len(times) - 1,
-          power=settings.guidance_power, start=settings.guidance_start,
-          stop=settings.guidance_stop)
+    if settings.guidance is not None:
+      plan['guidance'] = settings.scales(len(times) - 1)
 
     def uniform(step):  # two numbers of every bit, from each example's own key
       return jnp.moveaxis(jax.vmap(lambda key: jax.random.uniform(
@@ -334,7 +322,7 @@ class Binary(Generator):
     def step(z, now):
       u, other = uniform(now['step'])
       t = jnp.full(size, now['t'])
-      logits = self._guided(z, t, labels, now['guidance'] if guided else None)
+      logits = self._guided(z, t, labels, now.get('guidance'))
       cold = jnp.where(logits > 0, -NEVER, NEVER)
       logits = jnp.where(settings.temperature > 0, logits / jnp.maximum(
           settings.temperature, jnp.finfo(jnp.float32).tiny), cold)
@@ -354,8 +342,8 @@ class Binary(Generator):
       tokens = jnp.where(known_mask, known, tokens)
       exact = ~jnp.any(fixed, (1, 2)) | jnp.all(fixed, (1, 2))
     trace = None if states is None else jax.vmap(lambda z: self.spec.back('bits', z))(states)
-    return Sample(tokens=tokens, nfe=(len(times) - 1) * (2 if guided else 1), exact=exact,
-                  steps=trace)
+    return Sample(tokens=tokens, nfe=(len(times) - 1) * (1 if settings.guidance is None else 2),
+                  exact=exact, steps=trace)
 
   def _guided(self, z: Array, t: Array, labels: Array | None, scale: Array | None
               ) -> Float[Array, 'b n k']:
@@ -363,9 +351,8 @@ class Binary(Generator):
     if scale is None:
       return self.logits(z, t, labels)
     both = self.logits(jnp.repeat(z, 2, 0), jnp.repeat(t, 2, 0),
-                       jnp.stack([labels, jnp.full_like(labels, self.classes)], 1).reshape(-1))
-    both = both.reshape(len(z), 2, *both.shape[1:])
-    return processing.guide(both[:, 0], both[:, 1], scale)
+                       processing.pair(labels, jnp.full_like(labels, self.classes)))
+    return processing.guide_pairs(both, scale)
 
 
 def flip(bits: Int[Array, 'b n k'], u: Float[Array, 'b n k'], keep: Float[Array, '*b']

@@ -26,10 +26,11 @@ from jaxtyping import Array, Bool, Float, Int
 from smalti.generators import logits as processing, schedules
 from smalti.generators.autoregressive import segments
 from smalti.generators.generator import (
+    DrawSettings,
     Generator,
     GeneratorConfig,
+    GuidanceSettings,
     Sample,
-    Settings,
     check_request,
     fold,
     rank,
@@ -69,7 +70,7 @@ class BlockDiffusionConfig(GeneratorConfig):
 
 
 @settings
-class BlockDiffusionSettings(Settings):
+class BlockDiffusionSettings(DrawSettings, GuidanceSettings):
   """How to sample a block; blocks come one after the other.
 
   Args:
@@ -77,24 +78,13 @@ class BlockDiffusionSettings(Settings):
       exact; 'ancestral' reverses the diffusion; 'maskgit' reveals the most confident draws first.
     steps: passes per block; not read by 'first_hitting'.
     grid: of 'ancestral'.
-    temperature: divides the logits; 0 takes the likeliest token.
     choice_temperature: of 'maskgit', Gumbel noise on the confidence, annealed to 0 in every block.
-    top_k, top_p: truncation of every draw; None is off (0.9 in the paper's samples).
-    guidance: s in u + s (c - u), 1 is unguided; None is one pass without the null label.
-    guidance_schedule: s over all passes, see `schedules.guidance`, with its power, start and stop.
+    top_p: of every draw (0.9 in the paper's samples).
   """
   sampler: Literal['first_hitting', 'ancestral', 'maskgit'] = 'first_hitting'
   steps: int = 4
   grid: Literal['uniform', 'cosine'] = 'uniform'
-  temperature: float = 1.0
   choice_temperature: float = 4.5
-  top_k: int | None = None
-  top_p: float | None = None
-  guidance: float | None = None
-  guidance_schedule: Literal['constant', 'linear', 'power_cosine', 'interval'] = 'constant'
-  guidance_power: float = 1.0
-  guidance_start: float = 0.0
-  guidance_stop: float = 1.0
 
 
 class BlockDiffusion(Generator):
@@ -306,8 +296,8 @@ class BlockDiffusion(Generator):
     check_request(self.classes, condition, known, known_mask, settings.guidance)
     guided = settings.guidance is not None
     labels = read_labels(self.classes, condition, size)
-    if guided:  # conditional and unconditional row of an example next to each other
-      labels = jnp.stack([labels, jnp.full_like(labels, self.classes)], 1).reshape(-1)
+    if guided:
+      labels = processing.pair(labels, jnp.full_like(labels, self.classes))
     given = (jnp.zeros((size, length), jnp.int32) if known is None
              else jnp.asarray(known, jnp.int32).reshape(size, length))
     unknown = (jnp.ones((size, length), bool) if known_mask is None
@@ -317,10 +307,7 @@ class BlockDiffusion(Generator):
     steps = width if settings.sampler == 'first_hitting' else settings.steps
     if steps < 1:
       raise ValueError(f'{steps=} must be at least 1.')
-    scales = schedules.guidance(
-        settings.guidance_schedule, settings.guidance, self.blocks * steps,
-        power=settings.guidance_power, start=settings.guidance_start,
-        stop=settings.guidance_stop) if guided else None
+    scales = settings.scales(self.blocks * steps)
     layers = self.transformer.unstack()
     rotations = self.transformer.rotations(self._slots())
 
@@ -342,8 +329,7 @@ class BlockDiffusion(Generator):
             cache, double(codes), double(masked), labels, b, layers=layers, rotations=rotations,
             previous=None if previous is None else double(previous))
         if guided:
-          logits = logits.reshape(size, 2, *logits.shape[1:])
-          logits = processing.guide(logits[:, 0], logits[:, 1], scales[b * steps + step])
+          logits = processing.guide_pairs(logits, scales[b * steps + step])
         scores = processing.restrict(logits, self.allowed(codes, masked, jnp.zeros(size, bool)))
         if no_end is not None:
           eos = jnp.arange(scores.shape[-1]) == self.flat.eos
@@ -518,8 +504,7 @@ def _reveal(settings: BlockDiffusionSettings, now: dict[str, Array], order: Arra
             keys: Array, scores: Float[Array, 'b l v'], tokens: Int[Array, 'b l'],
             masked: Bool[Array, 'b l']) -> tuple[Int[Array, 'b l'], Bool[Array, 'b l']]:
   """Draws all hidden codes of a block and keeps some of them: the codes, and what stays hidden."""
-  shaped = processing.process(scores, temperature=settings.temperature, top_k=settings.top_k,
-                              top_p=settings.top_p)
+  shaped = settings.process(scores)
   tokens = jnp.where(masked, processing.draw(shaped, fold(keys, TOKEN)), tokens)
   choices = fold(keys, CHOICE)
   if settings.sampler == 'ancestral':

@@ -31,6 +31,7 @@ from smalti.generators.generator import (
     GuidanceSettings,
     Sample,
     check_request,
+    fold,
     read_labels,
     settings,
 )
@@ -164,7 +165,7 @@ class Delay(Generator):
     scales = settings.scales(pattern.steps)
     guided = scales is not None
     if guided:
-      label = jnp.stack([label, jnp.full_like(label, self.classes)], 1).reshape(-1)
+      label = ids.pair(label, jnp.full_like(label, self.classes))
     empty = jnp.full((size, pattern.steps, self.spec.depth), self.vocab, jnp.int32)
     laid, fixed = empty, None
     if known is not None:
@@ -180,10 +181,9 @@ class Delay(Generator):
           positions=jax.tree.map(lambda r: jax.lax.dynamic_slice_in_dim(r, s, 1), rotations))
       logits = constrain(self.head(y)[:, 0], 'b c').reshape(len(y), self.spec.depth, self.vocab)
       if guided:
-        logits = ids.guide(
-            *jnp.moveaxis(logits.reshape(size, 2, *logits.shape[1:]), 1, 0), scales[s])
+        logits = ids.guide_pairs(logits, scales[s])
       logits = settings.process(ids.restrict(logits, jnp.asarray(self.spec.support())))
-      new = ids.draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, s))
+      new = ids.draw(logits, fold(keys, s))
       drawn = jnp.broadcast_to(there[s], new.shape)
       if fixed is not None:
         drawn = drawn & ~fixed[:, s]

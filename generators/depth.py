@@ -26,14 +26,16 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from smalti.generators import logits as ids, schedules
+from smalti.generators import logits as ids
 from smalti.generators.autoregressive import segments
 from smalti.generators.generator import (
+    DrawSettings,
     Generator,
     GeneratorConfig,
+    GuidanceSettings,
     Sample,
-    Settings,
     check_request,
+    fold,
     read_labels,
     settings,
 )
@@ -75,27 +77,13 @@ class DepthConfig(GeneratorConfig):
 
 
 @settings
-class DepthSettings(Settings):
+class DepthSettings(DrawSettings, GuidanceSettings):
   """How to draw codes. A float may also be an array of D numbers, one per code of a position.
 
   Args:
-    temperature, top_k, typical, top_p, min_p: see `generators.logits.process`.
-    guidance: scale s of u + s (c - u), on a doubled batch; None is one conditional pass.
-    guidance_schedule: s over the positions, see `schedules.guidance`, with its power, start and
-      stop.
     prefill: the number of leading positions that `known_mask` holds in every row; they are read
       in one pass.
   """
-  temperature: float = 1.0
-  top_k: int | None = None
-  typical: float | None = None
-  top_p: float | None = None
-  min_p: float | None = None
-  guidance: float | None = None
-  guidance_schedule: schedules.Guidance = 'constant'
-  guidance_power: float = 1.0
-  guidance_start: float = 0.0
-  guidance_stop: float = 1.0
   prefill: int = 0
 
 
@@ -269,8 +257,8 @@ class Depth(Generator):
     code, held, whole = known_bits(
         self.spec, self.view, jnp.where(fixed, known, 0).astype(jnp.int32), fixed)
     label = self._label(condition, batch)
-    if guided:  # conditional and unconditional row of an example next to each other
-      label = jnp.stack([label, jnp.full_like(label, self.classes)], 1).reshape(-1)
+    if guided:
+      label = ids.pair(label, jnp.full_like(label, self.classes))
     plan, each = self._plan(settings, code, held)
     layers, inner = self.transformer.unstack(), self.depth and self.depth.unstack()
     rotations = self.transformer.rotations(self._positions())
@@ -281,7 +269,7 @@ class Depth(Generator):
       h, cache = self.transformer.extend(
           x, cache, index=n, layers=layers,
           positions=jax.tree.map(lambda r: jax.lax.dynamic_slice_in_dim(r, n, 1), rotations))
-      new, nats, total = self._within(h, now | each, _fold(keys, n), settings.top_k, inner)
+      new, nats, total = self._within(h, now | each, fold(keys, n), inner)
       after = jnp.minimum(n + 1, length - 1)  # after the last there is nothing to predict
       x = self._slot(self._outer(total)[:, None], after[None])
       return (x.astype(h.dtype), cache, log_prob - nats.sum(0)), new
@@ -308,31 +296,27 @@ class Depth(Generator):
             ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a draw reads, as arrays over positions (and depths), and over depths alone."""
     length, depth = code.shape[1:]
-    spread = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), (depth,))  # noqa: E731
+    settings = jax.tree.map(
+        lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), (depth,)), settings)
     plan = {'n': jnp.arange(length), 'code': jnp.moveaxis(code, 0, -1),
             'held': jnp.moveaxis(held, 0, -1)}
     if settings.guidance is not None:
-      plan['scale'] = jax.vmap(lambda scale: schedules.guidance(
-          settings.guidance_schedule, scale, length, power=settings.guidance_power,
-          start=settings.guidance_start, stop=settings.guidance_stop), out_axes=1)(
-              spread(settings.guidance))
-    shape = {name: getattr(settings, name) for name in ('temperature', 'typical', 'top_p', 'min_p')}
+      plan['scale'] = jax.vmap(lambda own: own.scales(length), out_axes=1)(settings)
     own = self.depth is not None and not self.shared
     return plan, {
         'd': jnp.arange(depth), 'row': jnp.asarray(self._rows()),
-        'support': jnp.asarray(self.codes.support()),
-        'shape': {name: spread(value) for name, value in shape.items() if value is not None},
+        'support': jnp.asarray(self.codes.support()), 'settings': settings,
         'kernel': jnp.stack(self._padded(self._classifiers())) if own else None}
 
-  def _within(self, h: Float[Array, 'c 1 w'], now: dict[str, Any], keys: Array, top_k: int | None,
-              inner: Any) -> tuple[Int[Array, 'd b'], Float[Array, 'd b'], Float[Array, 'c e']]:
+  def _within(self, h: Float[Array, 'c 1 w'], now: dict[str, Any], keys: Array, inner: Any
+              ) -> tuple[Int[Array, 'd b'], Float[Array, 'd b'], Float[Array, 'c e']]:
     """The codes of a position, their nats, and the sum of their vectors."""
     def double(x):
       return jnp.repeat(x, len(h) // len(keys), 0)
 
     if self.depth is None:
       logits = jnp.moveaxis(self._classify(h[:, None])[:, 0], 1, 0)
-      new, nats = jax.vmap(lambda logits, now: _choose(logits, now, keys, top_k))(logits, now)
+      new, nats = jax.vmap(lambda logits, now: _choose(logits, now, keys))(logits, now)
       return new, nats, self._vectors(double(new.T)).sum(1)
 
     def step(state, now):
@@ -342,7 +326,7 @@ class Depth(Generator):
           x + self.slot(d), cache, index=now['d'], layers=inner, positions=d[:, None])
       logits = self.head(y)[:, 0] if self.shared else _product('bc,cv->bv', y[:, 0], now['kernel'])
       # all columns on every device, to truncate
-      new, nats = _choose(constrain(logits, 'b c'), now, keys, top_k)
+      new, nats = _choose(constrain(logits, 'b c'), now, keys)
       total += self.token(double(new) + now['row']).astype(jnp.float32)
       return (self._inner(total)[:, None].astype(h.dtype), cache, total), (new, nats)
 
@@ -372,16 +356,15 @@ def known_bits(spec: TokenSpec, view: View | None, known: Int[Array, 'b n k'],
   return to(known), held, np.array(spec.view(view).vocab) - 1
 
 
-def _choose(logits: Float[Array, 'c v'], now: dict[str, Any], keys: Array, top_k: int | None
+def _choose(logits: Float[Array, 'c v'], now: dict[str, Any], keys: Array
             ) -> tuple[Int[Array, 'b'], Float[Array, 'b']]:
   """Codes of one depth that agree with what is known of them, and their nats."""
   if 'scale' in now:
-    both = logits.reshape(len(keys), 2, -1)
-    logits = ids.guide(both[:, 0], both[:, 1], now['scale'])
+    logits = ids.guide_pairs(logits, now['scale'])
   differs = (jnp.arange(logits.shape[-1]) ^ now['code'][:, None]) & now['held'][:, None]
   logits = ids.restrict(logits, now['support'] & (differs == 0))
-  logits = ids.process(logits, top_k=top_k, **now['shape'])
-  new = ids.draw(logits, _fold(keys, now['d']))
+  logits = now['settings'].process(logits)
+  new = ids.draw(logits, fold(keys, now['d']))
   return new, optax.softmax_cross_entropy_with_integer_labels(logits, new)
 
 
@@ -419,7 +402,3 @@ def _product(equation: str, y: Float[Array, '*b c'], kernel: Float[Array, 'c v']
 
 def _places(depth: int) -> Int[Array, 'd 1']:
   return jnp.arange(depth)[:, None]
-
-
-def _fold(keys: Array, data: Array | int) -> Array:
-  return jax.vmap(jax.random.fold_in, (0, None))(keys, data)

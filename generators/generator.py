@@ -34,7 +34,11 @@ class Settings:
 
 @settings
 class DrawSettings(Settings):
-  """What is done to logits before a draw, see `generators.logits.process`; None is off."""
+  """What is done to logits before a draw.
+
+  Args:
+    temperature, top_k, typical, top_p, min_p: see `generators.logits.process`; None is off.
+  """
   temperature: float = 1.0
   top_k: int | None = None
   typical: float | None = None
@@ -51,7 +55,8 @@ class GuidanceSettings(Settings):
   """Classifier-free guidance.
 
   Args:
-    guidance: scale s of u + s (c - u), 1 is unguided, on a doubled batch; None is one pass.
+    guidance: scale s of u + s (c - u), 1 is unguided, on a doubled batch; None is one pass without
+      the null label.
     guidance_schedule: s over the steps, see `schedules.guidance`, with its power, start and stop.
   """
   guidance: float | None = None

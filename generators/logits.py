@@ -6,7 +6,7 @@ function acts on the last axis in float32, keeps at least one id and never retur
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 Scalar = Float[Array, ''] | float
 
@@ -15,6 +15,18 @@ def guide(conditional: Float[Array, '*b v'], unconditional: Float[Array, '*b v']
           scale: Scalar) -> Float[Array, '*b v']:
   """u + scale (c - u): 1 is conditional, 0 unconditional, exactly. Mask ids only after it."""
   return scale * conditional + (1 - scale) * unconditional
+
+
+def pair(conditional: Shaped[Array, 'b *n'], unconditional: Shaped[Array, 'b *n']
+         ) -> Shaped[Array, '_ *n']:
+  """The doubled batch of guidance, [c0, u0, c1, u1, ...]: a mesh keeps both rows of an example."""
+  return jnp.stack([conditional, unconditional], 1).reshape(-1, *conditional.shape[1:])
+
+
+def guide_pairs(both: Float[Array, '_ *n'], scale: Scalar) -> Float[Array, 'b *n']:
+  """`guide` of the rows of a doubled batch, see `pair`."""
+  both = both.reshape(-1, 2, *both.shape[1:])
+  return guide(both[:, 0], both[:, 1], scale)
 
 
 def restrict(logits: Float[Array, '*b v'], support: Bool[Array, '*#b v']) -> Float[Array, '*b v']:

@@ -24,6 +24,7 @@ from smalti.generators.generator import (
     Sample,
     check_request,
     fold,
+    rank,
     read_labels,
 )
 from smalti.generators.unmasking import MaskedSettings
@@ -189,8 +190,7 @@ class Masked(Generator):
     """
     flat = self._codes(jnp.asarray(tokens, jnp.int32))
     order = jax.vmap(lambda key: jax.random.uniform(key, (self.flat.length,)))(keys)
-    rank = jnp.argsort(jnp.argsort(order, -1), -1)
-    masked = rank < jnp.rint(noise * self.flat.length)
+    masked = rank(order) < jnp.rint(noise * self.flat.length)
     labels = None if self.label is None else jnp.full(len(flat), self.classes)
     x, where = self._inputs(flat, masked, labels)
     states = self.transformer.hidden(x, blocks=blocks, **where)
@@ -388,10 +388,9 @@ class Masked(Generator):
     other = labels if labels is None or poor is not None else jnp.full_like(labels, self.classes)
     both = self.logits(
         jnp.repeat(tokens, 2, 0),
-        jnp.stack([masked, masked if poor is None else poor], 1).reshape(-1, tokens.shape[1]),
-        None if labels is None else jnp.stack([labels, other], 1).reshape(-1))
-    both = constrain(both, 'b n c').reshape(len(tokens), 2, *both.shape[1:])
-    return processing.guide(both[:, 0], both[:, 1], scale)
+        processing.pair(masked, masked if poor is None else poor),
+        None if labels is None else processing.pair(labels, other))
+    return processing.guide_pairs(constrain(both, 'b n c'), scale)
 
   def _context(self, keys: Array, tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n'],
                share: Array | float) -> Bool[Array, 'b n']:

@@ -25,10 +25,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from smalti.generators import logits as processing, schedules
 from smalti.generators.generator import (
+    DrawSettings,
     Generator,
     GeneratorConfig,
+    GuidanceSettings,
     Sample,
-    Settings,
     check_request,
     fold,
     rank,
@@ -77,34 +78,21 @@ class ResGenConfig(GeneratorConfig):
 
 
 @settings
-class ResGenSettings(Settings):
-  """How to sample.
+class ResGenSettings(DrawSettings, GuidanceSettings):
+  """How to sample: a draw is of a component, guidance also of means and log deviations.
 
   Args:
     steps: passes over the tokens (published: 63 for 64 positions of 16 codes).
     ratio: hidden share of the codes over the steps.
-    temperature: divides the logits of the components; 0 takes the likeliest.
-    top_k, top_p: truncation of the components; None is off.
     noise: multiplies the deviations of the drawn component; 0 draws its mean.
     choice_temperature: Gumbel noise on the confidence, annealed to 0. Large values draw the counts
       from the reverse of the masking; 4.5 is MaskGIT's.
-    guidance: s in u + s (c - u) of component logits, means and log deviations; 1 is unguided, None
-      is one pass without the null label.
-    guidance_schedule: see `schedules.guidance`, with its power, start and stop.
     trace: keep the states on the way, -1 where hidden.
   """
   steps: int = 16
   ratio: schedules.Ratio = 'cosine'
-  temperature: float = 1.0
-  top_k: int | None = None
-  top_p: float | None = None
   noise: float = 1.0
   choice_temperature: float = 4.5
-  guidance: float | None = None
-  guidance_schedule: schedules.Guidance = 'constant'
-  guidance_power: float = 1.0
-  guidance_start: float = 0.0
-  guidance_stop: float = 1.0
   trace: bool = False
 
 
@@ -159,11 +147,10 @@ class Mixture:
     highest = jax.nn.logsumexp(jax.nn.log_softmax(self.weights) + peaks, -1)
     return self.log_density(z) - highest
 
-  def draw(self, keys: Array, *, temperature: Array | float = 1.0, top_k: int | None = None,
-           top_p: Array | float | None = None, noise: Array | float = 1.0
-           ) -> Float[Array, 'b n c']:
+  def draw(self, keys: Array, *, settings: DrawSettings | None = None,
+           noise: Array | float = 1.0) -> Float[Array, 'b n c']:
     """A component by its (reshaped) weight, and a vector from it."""
-    shaped = processing.process(self.weights, temperature=temperature, top_k=top_k, top_p=top_p)
+    shaped = self.weights if settings is None else settings.process(self.weights)
     chosen = processing.draw(shaped, fold(keys, COMPONENT))[..., None]
     mean = self._mean(jnp.take_along_axis(self.low, chosen[..., None], 2)[:, :, 0])
     spread = jnp.take_along_axis(self.spread, chosen, 2)[..., 0]
@@ -177,9 +164,7 @@ class Mixture:
     """
     mixed: dict[str, Any] = {}
     for field in ('weights', 'low', 'spread', 'shift', 'scale'):
-      both = getattr(self, field)
-      both = both.reshape(-1, 2, *both.shape[1:])
-      mixed[field] = processing.guide(both[:, 0], both[:, 1], scale)
+      mixed[field] = processing.guide_pairs(getattr(self, field), scale)
     return dataclasses.replace(self, **mixed)
 
   def _mean(self, low: Float[Array, 'b n r']) -> Float[Array, 'b n c']:
@@ -382,8 +367,7 @@ class ResGen(Generator):
       tokens, count = state
       draws = fold(keys, now['step'])
       found = self._guided(tokens, count, labels, now.get('guidance'))
-      z = found.draw(draws, temperature=settings.temperature, top_k=settings.top_k,
-                     top_p=settings.top_p, noise=settings.noise)
+      z = found.draw(draws, settings=settings, noise=settings.noise)
       fresh = requantise(self.vectors[...], z * deviation[count] + mean[count], support, count,
                          given, fixed)
       noise = jax.vmap(lambda key: jax.random.gumbel(key, shape[1:], mode='high'))(
@@ -408,9 +392,7 @@ class ResGen(Generator):
     plan = {'step': jnp.arange(steps), 'anneal': 1 - jnp.arange(1, steps + 1) / steps,
             'left': schedules.remaining(settings.ratio, steps, total, rounding='revealed')}
     if settings.guidance is not None:
-      plan['guidance'] = schedules.guidance(
-          settings.guidance_schedule, settings.guidance, steps, power=settings.guidance_power,
-          start=settings.guidance_start, stop=settings.guidance_stop)
+      plan['guidance'] = settings.scales(steps)
     return plan
 
   def _guided(self, tokens: Array, count: Array, labels: Array | None, scale: Array | None
@@ -418,7 +400,7 @@ class ResGen(Generator):
     """The mixture, guided in one pass over [c0, u0, c1, u1, ...]."""
     if scale is None:
       return self.mixture(tokens, count, labels)
-    both = jnp.stack([labels, jnp.full_like(labels, self.classes)], 1).reshape(-1)
+    both = processing.pair(labels, jnp.full_like(labels, self.classes))
     return self.mixture(jnp.repeat(tokens, 2, 0), jnp.repeat(count, 2, 0), both).guided(scale)
 
 

@@ -14,7 +14,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from smalti.generators import logits as ids
-from smalti.generators.generator import Generator, GeneratorConfig, Sample, Settings, settings
+from smalti.generators.generator import (
+    Generator,
+    GeneratorConfig,
+    Sample,
+    Settings,
+    fold,
+    settings,
+)
 from smalti.tokenizers.spec import TokenSpec
 
 LARGEST = 2 ** 16  # entries of a table
@@ -119,7 +126,7 @@ class TabularGenerator(Generator):
       tokens, observed, log_prob = state
       logits = conditionals(table, tokens, observed).reshape(shape[0], -1, max(table.shape))[:, i]
       logits = ids.process(logits, temperature=settings.temperature)
-      new = ids.draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
+      new = ids.draw(logits, fold(keys, i))
       here = (jnp.arange(shape[1] * shape[2]) == i).reshape(shape[1:])
       fresh = here & ~observed
       score = jnp.take_along_axis(jax.nn.log_softmax(logits), new[:, None], 1)[:, 0]

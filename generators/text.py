@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from smalti.generators.logits import pair
 from smalti.networks.layers import Embedding, Linear
 from smalti.networks.transformer import Transformer, TransformerConfig
 
@@ -126,8 +127,7 @@ class Text(nnx.Module):
   def guided(self, context: Context) -> tuple[Array, Array]:
     """Every row and after it the null condition, for passes on a doubled batch."""
     null = self._finish(*self._nothing(len(context[0])))
-    vectors, mask = (jnp.stack(pair, 1).reshape(-1, *pair[0].shape[1:])
-                     for pair in zip(context, null))
+    vectors, mask = (pair(*both) for both in zip(context, null))
     return vectors, mask
 
   def _nothing(self, size: int) -> Context:

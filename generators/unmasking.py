@@ -6,6 +6,7 @@ by chance as the reverse of the diffusion has it. The model is a function of wha
 them serves any model.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
@@ -15,13 +16,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from smalti.generators import logits as processing, schedules
-from smalti.generators.generator import Settings, fold, rank, settings
+from smalti.generators.generator import DrawSettings, GuidanceSettings, fold, rank, settings
 
 TOKEN, CHOICE, ORDER, AGAIN, CONTEXT = range(5)  # purposes folded into a sample's keys
 
 
 @settings
-class MaskedSettings(Settings):
+class MaskedSettings(DrawSettings, GuidanceSettings):
   """How to sample.
 
   Args:
@@ -37,16 +38,12 @@ class MaskedSettings(Settings):
     grid: of 'ancestral' and 'remdm'; 'cosine' is MD4's best for images.
     remask, strength: of 'remdm', see `schedules.remasking`: 'cap' with 0.04 up to 512 steps, 'loop'
       with 0.02 from 1,024 on (the paper's tables).
-    temperature: divides the logits; 0 takes the likeliest token.
     anneal: the temperature is multiplied by 0.5 + 0.8 (1 - r) at the end of a share r of the steps
       (TiTok; an option of MaskBit's code).
     choice_temperature: of 'maskgit' and 'confidence', Gumbel noise on the confidence, annealed to 0
       (MaskGIT's code: 4.5; GenMol's randomness: 0.5 from nothing, 1.2 to 3 around fragments).
     noise: of 'maskgit', what the noise is added to: 'choice', the log-probability of a draw, or
       'both', the logits before the draw too, and then the logit of what was drawn (TiTok).
-    top_k, top_p: truncation of every draw; None is off.
-    guidance: s in u + s (c - u), 1 is unguided; None is one pass without the null label.
-    guidance_schedule: see `schedules.guidance`, with its power, start and stop.
     context_guidance: w of GenMol's molecular context guidance, w good + (1 - w) poor (its code: 2),
       where the poor prediction does not see `context_share` of the visible tokens, others in every
       step; instead of `guidance`, and as expensive.
@@ -63,17 +60,9 @@ class MaskedSettings(Settings):
   grid: Literal['uniform', 'cosine'] = 'cosine'
   remask: schedules.Remask = 'cap'
   strength: float = 0.04
-  temperature: float = 1.0
   anneal: bool = False
   choice_temperature: float = 4.5
   noise: Literal['choice', 'both'] = 'choice'
-  top_k: int | None = None
-  top_p: float | None = None
-  guidance: float | None = None
-  guidance_schedule: Literal['constant', 'linear', 'power_cosine', 'interval'] = 'constant'
-  guidance_power: float = 1.0
-  guidance_start: float = 0.0
-  guidance_stop: float = 1.0
   context_guidance: float | None = None
   context_share: float = 0.3
   cache: bool = False
@@ -98,9 +87,7 @@ def plan(settings: MaskedSettings, keys: Array, unknown: Bool[Array, 'b n'], gri
   step = jnp.arange(steps)
   plan, order = {'step': step}, None
   if settings.guidance is not None:
-    plan['guidance'] = schedules.guidance(
-        settings.guidance_schedule, settings.guidance, steps, power=settings.guidance_power,
-        start=settings.guidance_start, stop=settings.guidance_stop)
+    plan['guidance'] = settings.scales(steps)
   if settings.anneal:
     plan['heat'] = 0.5 + 0.8 * (1 - (step + 1) / steps)
   if settings.sampler == 'ancestral':
@@ -166,9 +153,9 @@ def unmask(predict: Callable[..., Array], settings: MaskedSettings, plan: dict[s
     def reveal(tokens, surety):
       scores = predict(tokens, masked, now)
       warm = settings.temperature * now.get('heat', 1.0)
-      shaped = processing.process(
-          scores, temperature=warm * now['noise'] if 'noise' in now and settings.noise == 'both'
-          else warm, top_k=settings.top_k, top_p=settings.top_p)
+      shaped = dataclasses.replace(
+          settings, temperature=warm * now['noise'] if 'noise' in now and settings.noise == 'both'
+          else warm).process(scores)
       fresh = processing.draw(shaped, fold(draws, TOKEN))
       tokens = jnp.where(masked, fresh, tokens)  # known and revealed tokens are never touched
       if surety is not None:  # of every token, when it was drawn

@@ -42,10 +42,15 @@ def fields(config: Any, path: str = 'config') -> list[str]:
 
 
 def _docs(cls: type) -> dict[str, str]:
-  """The `Attributes:` (or `Args:`) of a class docstring, whose entries are `name, name: text`."""
-  text = inspect.getdoc(cls) or ''
-  section = re.split(r'(?m)^(?:Attributes|Args):\n', text, maxsplit=1)[1:] or ['']
+  """The `Attributes:` (or `Args:`) of a class docstring, whose entries are `name, name: text`.
+
+  What it does not say of inherited fields, its bases do.
+  """
   docs = {}
-  for names, words in re.findall(r'(?m)^  ([a-z_][\w, ]*): ((?:.|\n(?:    |\s*$))*)', section[0]):
-    docs |= {name.strip(): ' '.join(words.split()) for name in names.split(',')}
+  for base in reversed(cls.__mro__):
+    text = inspect.cleandoc(base.__doc__ or '')
+    section = re.split(r'(?m)^(?:Attributes|Args):\n', text, maxsplit=1)[1:] or ['']
+    for names, words in re.findall(
+        r'(?m)^  ([a-z_][\w, ]*): ((?:.|\n(?:    |\s*$))*)', section[0]):
+      docs |= {name.strip(): ' '.join(words.split()) for name in names.split(',')}
   return docs
