@@ -37,7 +37,7 @@ from smalti.generators.generator import (
 from smalti.generators.text import Context, Text, TextConfig
 from smalti.networks.layers import Embedding, Linear, constrain, dropout
 from smalti.networks.quantized import quantized
-from smalti.networks.transformer import Block, Transformer, TransformerConfig
+from smalti.networks.transformer import Block, Transformer, TransformerConfig, segments
 from smalti.tokenizers.spec import TokenSpec
 
 
@@ -496,13 +496,3 @@ def _shuffled(key: Array, order: Int[Array, 'b l'], share: Array) -> Int[Array, 
   pick, draw = jax.random.split(key)
   random = jnp.argsort(jax.random.uniform(draw, order.shape), -1)
   return jnp.where(jax.random.bernoulli(pick, share, (len(order), 1)), random, order)
-
-
-def segments(start: int, length: int) -> list[int]:
-  """Where the cache grows: attention reads all of it, so short caches save up to 3/8 of that.
-
-  At most four (each is a program of its own within the compiled one), none shorter than 64.
-  """
-  count = max(1, min(4, length // 64))
-  ends = [length * (i + 1) // count for i in range(count)]
-  return [end for end in ends if end > start]

@@ -23,13 +23,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from smalti.generators import logits as processing, schedules
-from smalti.generators.autoregressive import segments
+from smalti.generators import logits as processing, schedules, unmasking
 from smalti.generators.generator import (
-    DrawSettings,
     Generator,
     GeneratorConfig,
-    GuidanceSettings,
     Sample,
     check_request,
     fold,
@@ -38,11 +35,10 @@ from smalti.generators.generator import (
     settings,
 )
 from smalti.generators.masking import ENUMERABLE
+from smalti.generators.unmasking import UnmaskingSettings
 from smalti.networks.layers import Embedding, Linear, constrain
-from smalti.networks.transformer import Cache, Transformer, TransformerConfig
+from smalti.networks.transformer import Cache, Transformer, TransformerConfig, segments
 from smalti.tokenizers.spec import TokenSpec
-
-TOKEN, CHOICE, ORDER = range(3)  # purposes folded into a sample's keys
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -70,21 +66,16 @@ class BlockDiffusionConfig(GeneratorConfig):
 
 
 @settings
-class BlockDiffusionSettings(DrawSettings, GuidanceSettings):
-  """How to sample a block; blocks come one after the other.
+class BlockDiffusionSettings(UnmaskingSettings):
+  """How to sample a block; blocks come one after the other, guidance runs over all their passes.
 
   Args:
-    sampler: 'first_hitting' reveals one random position per pass, as many passes as codes, and is
-      exact; 'ancestral' reverses the diffusion; 'maskgit' reveals the most confident draws first.
-    steps: passes per block; not read by 'first_hitting'.
-    grid: of 'ancestral'.
-    choice_temperature: of 'maskgit', Gumbel noise on the confidence, annealed to 0 in every block.
+    steps: passes per block; 'first_hitting' and 'confidence' take what they need.
     top_p: of every draw (0.9 in the paper's samples).
   """
-  sampler: Literal['first_hitting', 'ancestral', 'maskgit'] = 'first_hitting'
+  sampler: Literal['ancestral', 'maskgit', 'first_hitting', 'confidence'] = 'first_hitting'
   steps: int = 4
-  grid: Literal['uniform', 'cosine'] = 'uniform'
-  choice_temperature: float = 4.5
+  grid: schedules.Grid = 'uniform'
 
 
 class BlockDiffusion(Generator):
@@ -136,22 +127,6 @@ class BlockDiffusion(Generator):
         key=key, train=train)
     return self.head(y[:, -length:])
 
-  def allowed(self, tokens: Int[Array, '*b l'], masked: Bool[Array, '*b l'],
-              ended: Bool[Array, '*b']) -> Bool[Array, '*b l v']:
-    """Which codes the positions of a block can hold, given its visible ones.
-
-    Args:
-      ended: whether an earlier block holds an EOS.
-    """
-    ids = jnp.arange(self.flat.vocab[0])
-    if self.flat.eos is None:
-      return jnp.ones((*tokens.shape, len(ids)), bool)
-    stop = tokens == self.flat.eos
-    after = ended[..., None] | (jnp.cumsum(~masked & stop, -1) > 0)
-    before = jnp.cumsum((~masked & ~stop)[..., ::-1], -1)[..., ::-1] > 0
-    eos = ids == self.flat.eos
-    return jnp.where(after[..., None], eos, ~(eos & before[..., None]))
-
   def scores(self, tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n'],
              labels: Int[Array, 'b'] | None, *, key: Array | None = None, train: bool = False
              ) -> Float[Array, 'b n v']:
@@ -163,8 +138,9 @@ class BlockDiffusion(Generator):
     inside = self._split(tokens)
     stops = (inside == self.flat.eos).any(-1)
     ended = jnp.cumsum(stops, -1) - stops > 0
-    allowed = self.allowed(inside, self._split(masked), ended)
-    return processing.restrict(scores, allowed.reshape(scores.shape))
+    possible = processing.possible(
+        inside, self._split(masked), self.flat.vocab[0], self.flat.eos, ended)
+    return processing.restrict(scores, possible.reshape(scores.shape))
 
   # ---- training and likelihood
 
@@ -304,9 +280,7 @@ class BlockDiffusion(Generator):
                else ~jnp.asarray(known_mask, bool).reshape(size, length))
     given = jnp.where(unknown, 0, given)
     endless = self._endless(given, unknown)
-    steps = width if settings.sampler == 'first_hitting' else settings.steps
-    if steps < 1:
-      raise ValueError(f'{steps=} must be at least 1.')
+    steps = unmasking.passes(settings, width)
     scales = settings.scales(self.blocks * steps)
     layers = self.transformer.unstack()
     rotations = self.transformer.rotations(self._slots())
@@ -322,7 +296,7 @@ class BlockDiffusion(Generator):
         codes = jnp.where(masked & ended[:, None], self.flat.eos, codes)
         masked = masked & ~ended[:, None]
       no_end = None if endless is None else cut(endless)
-      plan, order = self._plan(settings, draws, masked, steps)
+      plan, order = unmasking.plan(settings, draws, masked, (width,), first=steps)
 
       def run_pass(step, cache, codes, masked, previous=None):
         logits, cache = self.advance(
@@ -330,12 +304,15 @@ class BlockDiffusion(Generator):
             previous=None if previous is None else double(previous))
         if guided:
           logits = processing.guide_pairs(logits, scales[b * steps + step])
-        scores = processing.restrict(logits, self.allowed(codes, masked, jnp.zeros(size, bool)))
         if no_end is not None:
-          eos = jnp.arange(scores.shape[-1]) == self.flat.eos
-          scores = processing.restrict(scores, ~(no_end[..., None] & eos))
-        now = jax.tree.map(lambda x: x[step], plan)
-        return cache, *_reveal(settings, now, order, fold(draws, step), scores, codes, masked)
+          vocab, eos = logits.shape[-1], self.flat.eos
+          there = processing.possible(codes, masked, vocab, eos)
+          there &= ~(no_end[..., None] & (jnp.arange(vocab) == eos))
+          logits = processing.restrict(logits, there)
+        now, own = jax.tree.map(lambda x: x[step], plan), fold(draws, step)
+        left = unmasking.fated(now, order, own, masked)
+        codes, masked, _ = unmasking.reveal(settings, now, own, logits, codes, masked, left)
+        return cache, codes, masked
 
       cache, codes, masked = run_pass(0, cache, codes, masked, cut(tokens, b - 1))
 
@@ -403,23 +380,6 @@ class BlockDiffusion(Generator):
         modulation=self._modulation(labels))
     return constrain(self.head(y[:, -size:]), 'b n c'), cache
 
-  def _plan(self, settings: BlockDiffusionSettings, keys: Array, masked: Bool[Array, 'b l'],
-            steps: int) -> tuple[dict[str, Array], Int[Array, 'b l'] | None]:
-    """Arrays over the passes of a block, and the rank of every position where it is drawn first."""
-    total, order = masked.sum(-1), None
-    if settings.sampler == 'ancestral':
-      return {'chance': jnp.asarray(schedules.unmasking(settings.grid, steps))}, None
-    if settings.sampler == 'maskgit':
-      return {'left': schedules.remaining('cosine', steps, total),
-              'anneal': 1 - jnp.arange(1, steps + 1) / steps}, None
-    if settings.sampler != 'first_hitting':
-      raise ValueError(
-          f'sampler={settings.sampler!r} is not one of first_hitting, ancestral, maskgit.')
-    order = jax.vmap(lambda k: jax.random.permutation(k, steps))(fold(fold(keys, steps), ORDER))
-    # known positions rank last, so that counts are over unknown ones
-    return ({'left': jnp.maximum(total - 1 - jnp.arange(steps)[:, None], 0)},
-            rank(jnp.where(masked, order, steps)))
-
   def _endless(self, given: Array, unknown: Array) -> Bool[Array, 'b n'] | None:
     """Where a known code further on says that the string has not ended yet."""
     if self.flat.eos is None:
@@ -437,8 +397,7 @@ class BlockDiffusion(Generator):
     if settings.sampler != 'first_hitting':
       exact &= (holes.sum(-1) <= 1).all(-1)
     if self.flat.eos is not None:
-      ends = ~unknown & (given == self.flat.eos)
-      exact &= ~(unknown & ends.any(-1, keepdims=True) & (jnp.cumsum(ends, 1) == 0)).any(-1)
+      exact &= ~(unknown & unmasking.before_end(given, unknown, self.flat.eos)).any(-1)
     return exact
 
   # ---- layout
@@ -498,22 +457,3 @@ def _check(config: BlockDiffusionConfig, flat: TokenSpec) -> None:
   if body.axes not in (0, 1, len(flat.grid)):
     raise ValueError(
         f'axes={body.axes} must be 0, 1 or {len(flat.grid)} for the grid {flat.grid}.')
-
-
-def _reveal(settings: BlockDiffusionSettings, now: dict[str, Array], order: Array | None,
-            keys: Array, scores: Float[Array, 'b l v'], tokens: Int[Array, 'b l'],
-            masked: Bool[Array, 'b l']) -> tuple[Int[Array, 'b l'], Bool[Array, 'b l']]:
-  """Draws all hidden codes of a block and keeps some of them: the codes, and what stays hidden."""
-  shaped = settings.process(scores)
-  tokens = jnp.where(masked, processing.draw(shaped, fold(keys, TOKEN)), tokens)
-  choices = fold(keys, CHOICE)
-  if settings.sampler == 'ancestral':
-    coin = jax.vmap(lambda k: jax.random.uniform(k, masked.shape[1:]))(choices)
-    return tokens, masked & (coin >= now['chance'])
-  if settings.sampler == 'maskgit':
-    # at temperature 0 every drawn token has probability 1: fall back on the raw one
-    sure = processing.log_prob(jnp.where(settings.temperature > 0, shaped, scores), tokens)
-    noise = jax.vmap(lambda k: jax.random.gumbel(k, masked.shape[1:], mode='high'))(choices)
-    sure = sure + settings.choice_temperature * now['anneal'] * noise
-    order = rank(jnp.where(masked, sure, jnp.inf))
-  return tokens, masked & (order < now['left'][:, None])

@@ -23,7 +23,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from smalti.generators import logits as ids
-from smalti.generators.autoregressive import segments
 from smalti.generators.generator import (
     DrawSettings,
     Generator,
@@ -36,7 +35,7 @@ from smalti.generators.generator import (
     settings,
 )
 from smalti.networks.layers import Embedding, Linear, constrain, dropout
-from smalti.networks.transformer import Transformer, TransformerConfig
+from smalti.networks.transformer import Transformer, TransformerConfig, segments
 from smalti.tokenizers.spec import TokenSpec
 
 

@@ -45,9 +45,12 @@ class DrawSettings(Settings):
   top_p: float | None = None
   min_p: float | None = None
 
-  def process(self, logits: Float[Array, '*b v']) -> Float[Array, '*b v']:
-    return ids.process(logits, temperature=self.temperature, top_k=self.top_k,
-                       typical=self.typical, top_p=self.top_p, min_p=self.min_p)
+  def process(self, logits: Float[Array, '*b v'], *, temperature: ids.Scalar | None = None
+              ) -> Float[Array, '*b v']:
+    """Logits of the distribution that is sampled; a temperature is instead of that of these."""
+    return ids.process(
+        logits, temperature=self.temperature if temperature is None else temperature,
+        top_k=self.top_k, typical=self.typical, top_p=self.top_p, min_p=self.min_p)
 
 
 @settings

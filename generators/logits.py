@@ -34,6 +34,20 @@ def restrict(logits: Float[Array, '*b v'], support: Bool[Array, '*#b v']) -> Flo
   return jnp.where(support, logits.astype(jnp.float32), -jnp.inf)
 
 
+def possible(tokens: Int[Array, '*b n'], masked: Bool[Array, '*b n'], vocab: int, eos: int,
+             ended: Bool[Array, '*b'] | bool = False) -> Bool[Array, '*b n v']:
+  """Which ids a string that ends can hold: EOS alone after a visible one, none before other codes.
+
+  Args:
+    ended: whether there is an EOS before all of these tokens.
+  """
+  is_eos = jnp.arange(vocab) == eos
+  after = jnp.cumsum(~masked & (tokens == eos), -1) > 0
+  after = after | jnp.asarray(ended)[..., None]
+  before = jnp.cumsum((~masked & ~after)[..., ::-1], -1)[..., ::-1] > 0
+  return jnp.where(after[..., None], is_eos, ~(is_eos & before[..., None]))
+
+
 def penalize(logits: Float[Array, '*b v'], seen: Bool[Array, '*b v'], penalty: Scalar
              ) -> Float[Array, '*b v']:
   """Logits of ids that were there before, divided by `penalty` where positive, else multiplied.

@@ -154,8 +154,7 @@ class Masked(Generator):
     unknown, given = ~self._inside(known_mask), self._codes(known)
     if self.flat.eos is None:
       return None, jnp.zeros(len(known), bool)
-    end = ~unknown & (given == self.flat.eos)
-    before = end.any(-1, keepdims=True) & (jnp.cumsum(end, 1) == 0)
+    before = unmasking.before_end(given, unknown, self.flat.eos)
     possible = ~before[..., None] | (jnp.arange(self.flat.vocab[0]) != self.flat.eos)
     return possible, (before & unknown).any(-1)
 
@@ -219,10 +218,7 @@ class Masked(Generator):
     if self.flat.eos is None:
       there = np.tile(self.slots.support(), (self.slots.length, 1))
       return jnp.broadcast_to(there, (*tokens.shape, self.flat.vocab[0]))
-    eos = jnp.arange(self.flat.vocab[0]) == self.flat.eos
-    ended = jnp.cumsum(~masked & (tokens == self.flat.eos), 1) > 0
-    before = jnp.cumsum((~masked & ~ended)[:, ::-1], 1)[:, ::-1] > 0
-    return jnp.where(ended[..., None], eos, ~(eos & before[..., None]))
+    return processing.possible(tokens, masked, self.flat.vocab[0], self.flat.eos)
 
   def scores(self, tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n'],
              labels: Int[Array, 'b'] | None, *, key: Array | None = None, train: bool = False
@@ -345,6 +341,8 @@ class Masked(Generator):
     size, length = keys.shape[0], self.flat.length
     check_request(self.classes, condition, known, known_mask, settings.guidance)
     scale = settings.context_guidance
+    if settings.guidance is not None and scale is not None:
+      raise ValueError('guidance and context_guidance are each a second pass; leave one at none.')
     labels = read_labels(self.classes, condition, size)
     possible = None
     if known is None:
@@ -354,6 +352,8 @@ class Masked(Generator):
       given, unknown = self._codes(known), ~self._inside(known_mask)
       possible, beyond = self._narrowed(known, known_mask)
     steps, order = unmasking.plan(settings, keys, unknown, self.slots.grid)
+    if settings.guidance is not None:
+      steps['guidance'] = settings.scales(len(steps['step']))
 
     def predict(tokens, masked, now):
       poor = None

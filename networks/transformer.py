@@ -396,6 +396,17 @@ def _over_slots(y: Float[Array, '...']) -> Float[Array, 'b _n m']:
   return y[:, None] if y.ndim == 2 else y
 
 
+def segments(start: int, length: int) -> list[int]:
+  """Lengths that `grow` gives a cache on the way from `start` to `length` positions.
+
+  Attention reads all of a cache, so short ones save up to 3/8 of that. At most four (each is a
+  program of its own within the compiled one), none shorter than 64.
+  """
+  count = max(1, min(4, length // 64))
+  ends = [length * (i + 1) // count for i in range(count)]
+  return [end for end in ends if end > start]
+
+
 def norm(config: TransformerConfig, width: int, gain: bool = True) -> RMSNorm | LayerNorm:
   if config.norm == 'rms':
     return RMSNorm(width, gain=gain)

@@ -324,6 +324,17 @@ def test_maskgit_choice_temperature_moves_between_greedy_and_exact():
   assert fits(random, P)
 
 
+def test_confidence_in_a_block_moves_between_greedy_and_exact():
+  """As in one block of all codes, see test_unmasking; two at a time are independent."""
+  model = Exact(PAIR, P, block_size=2)
+  greedy, random, together = (frequencies(model, BlockDiffusionSettings(
+      sampler='confidence', choice_temperature=t, reveal=m))
+                              for t, m in ((0., 1), (1e9, 1), (0., 2)))
+  assert fits(greedy, [[.56, .04], [.28, .12]]) and not fits(greedy, P)
+  assert fits(random, P)
+  assert fits(together, INDEPENDENT)
+
+
 def test_same_tokens_in_any_batch():
   model, keys = wide(), example_keys(5, jnp.arange(32))
   run = lambda keys: np.asarray(generate(  # noqa: E731
@@ -557,8 +568,9 @@ def test_refusals_say_why():
     model.sample(None, keys=keys, settings=BlockDiffusionSettings(guidance=2.))
   with pytest.raises(ValueError, match='go together'):
     model.sample(None, keys=keys, settings=BlockDiffusionSettings(), known=PAIRS[:2])
-  with pytest.raises(ValueError, match='not one of first_hitting'):
-    model.sample(None, keys=keys, settings=BlockDiffusionSettings(sampler='halton'))
+  for sampler in ('halton', 'remdm'):
+    with pytest.raises(ValueError, match='not one of first_hitting'):
+      model.sample(None, keys=keys, settings=BlockDiffusionSettings(sampler=sampler))
   with pytest.raises(ValueError, match='12 codes'):
     make(config(block_size=13), TokenSpec(grid=(13,), vocab=(2,))).elbo(
         {'tokens': jnp.zeros((1, 13, 1), jnp.int32)}, mode='enumerate')

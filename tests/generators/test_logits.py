@@ -151,6 +151,31 @@ def test_guidance_ends_and_constants(key):
   np.testing.assert_allclose(raw, logs, atol=1e-6)
 
 
+def test_a_doubled_batch_is_guided_row_by_row(key):
+  conditional, unconditional = jax.random.normal(key, (2, 3, 2, 5))
+  both = ids.pair(conditional, unconditional)
+  np.testing.assert_array_equal(both[::2], conditional)
+  np.testing.assert_array_equal(both[1::2], unconditional)
+  np.testing.assert_array_equal(
+      ids.guide_pairs(both, 2.5), ids.guide(conditional, unconditional, 2.5))
+
+
+def test_what_a_string_with_an_end_can_hold():
+  """Against the strings that agree with what is visible, one by one."""
+  strings = [s for s in itertools.product(range(3), repeat=4)
+             if all(b == 2 for a, b in itertools.pairwise(s) if a == 2)]
+  for ended in (False, True):
+    there = [s for s in strings if not ended or set(s) == {2}]
+    for tokens in there:
+      for masked in itertools.product((False, True), repeat=4):
+        agree = [s for s in there if all(m or a == b for m, a, b in zip(masked, s, tokens))]
+        wanted = [[any(s[i] == v for s in agree) for v in range(3)] for i in range(4)]
+        found = np.asarray(ids.possible(
+            np.array(tokens), np.array(masked), 3, 2, np.array(ended)))
+        for i in np.flatnonzero(masked):  # each by itself; what is visible is not drawn
+          np.testing.assert_array_equal(found[i], wanted[i], str((tokens, masked, ended)))
+
+
 draw = jax.jit(ids.draw)
 
 

@@ -12,7 +12,10 @@ import types
 import pytest
 from absl import flags
 
-from smalti.launch import cli, exits, serialization
+from smalti.generators.maskbit import MaskBitConfig
+from smalti.generators.unmasking import MaskedSettings
+from smalti.launch import cli, exits, help, serialization
+from smalti.networks.transformer import TransformerConfig
 
 PLUGIN = '''
 import dataclasses
@@ -412,6 +415,18 @@ def test_help_lists_options_and_fields(verb, capsys):
   assert '--config.model.part.width=8  how wide it is, in channels.' in text
   assert '--config.optimizer.epsilon=1e-08  Adam\'s moments.' in text
   assert verb.seen == []
+
+
+def test_help_says_of_inherited_fields_what_their_class_says():
+  body = TransformerConfig(layers=1, width=8, heads=1)
+  text = '\n'.join(help.fields(MaskBitConfig(transformer=body)))
+  for part in ('--config.groups=2  words that', '--config.classes=0  number of labels',
+               '--config.transformer.memory=0  width of vectors'):
+    assert part in text
+  text = '\n'.join(help.fields(MaskedSettings(), 'settings'))
+  for part in ('--settings.top_p=none  see', '--settings.guidance=none  scale s of',
+               '--settings.steps=12  passes over', '--settings.strength=0.04  of'):
+    assert part in text
 
 
 def smalti_process(arguments, folder, **environment):
