@@ -31,7 +31,9 @@ from smalti.generators.generator import (
     GeneratorConfig,
     GuidanceSettings,
     Sample,
+    check_request,
     fold,
+    read_first,
     settings,
 )
 from smalti.generators.text import Context, Text, TextConfig
@@ -125,21 +127,21 @@ class Autoregressive(Generator):
 
   def loss(self, batch, *, step, key, train=True):
     """Mean nats per valid token; labels are dropped per example in training."""
-    tokens = self.spec.to('flat', batch['tokens'])[..., 0]
-    label, keys = self._label(batch, tokens.shape[0]), jax.random.split(key, 3)
+    tokens = self._codes(batch)
+    label, keys = self._label(batch, tokens.shape[0]), jax.random.split(key, 5)
     if self.text is not None and 'text' not in batch:
       raise ValueError(f'A generator of text needs an entry `text`, got {", ".join(batch)}.')
     order = dropped = None
     if self.anneal is not None:
       order = self._raster(len(tokens))
       if train:
-        order = _shuffled(jax.random.fold_in(key, 1), order, self._share(step))
+        order = _shuffled(keys[3], order, self._share(step))
       tokens = jnp.take_along_axis(tokens, order, 1)
     if train and (self.classes or self.text is not None):
       dropped = jax.random.bernoulli(keys[0], self.label_dropout, label.shape)
       label = jnp.where(dropped, self.classes, label)
-    text = self._read(batch, len(tokens), dropped, jax.random.fold_in(key, 2) if train else None)
-    logits = self._logits(tokens, label, keys[1:] if train else None, order, text)
+    text = self._read(batch, len(tokens), dropped, keys[4] if train else None)
+    logits = self._logits(tokens, label, keys[1:3] if train else None, order, text)
     valid = self._valid(tokens).astype(jnp.float32)
     count = jnp.sum(valid)
     nll = -jnp.sum(valid * ids.log_prob(logits, tokens)) / count
@@ -157,7 +159,7 @@ class Autoregressive(Generator):
     Args:
       order: of a model of all orders, permutations of the positions; None is row-major.
     """
-    tokens = self.spec.to('flat', batch['tokens'])[..., 0]
+    tokens = self._codes(batch)
     if self.anneal is None and order is not None:
       raise ValueError('order= is for models of all orders; set anneal.')
     if self.anneal is not None:
@@ -215,6 +217,7 @@ class Autoregressive(Generator):
       raise ValueError(
           f'condition holds {sorted(unread)}, and this generator with classes={self.classes} reads '
           f'{", ".join(reads) or "nothing"}.')
+    check_request(self.classes, condition, known, known_mask, None)  # guidance may be by text
     label, text = self._label(condition, batch), self._read(condition, batch)
     scales = settings.scales(length)
     if known is None:
@@ -319,7 +322,7 @@ class Autoregressive(Generator):
     """
     if weights is not None:
       return quantized(self, weights).forced(batch, cache=cache)
-    tokens = self.spec.to('flat', batch['tokens'])[..., 0]
+    tokens = self._codes(batch)
     label, layers = self._label(batch, len(tokens)), self.transformer.unstack()
 
     def step(state, now):
@@ -357,11 +360,14 @@ class Autoregressive(Generator):
                                        modulation=self._modulation(label, i[None]))
     return constrain(self.head(y)[:, 0], 'b c'), cache
 
+  def _codes(self, batch: dict[str, Array]) -> Int[Array, 'b n']:
+    if 'keep' in batch:
+      raise ValueError('keep: the end of a prefix is not modelled; give whole token arrays.')
+    return self.spec.to('flat', batch['tokens'])[..., 0]
+
   def _label(self, batch: dict[str, Array], size: int) -> Int[Array, 'b']:
     """The row of the label table of every example; the null row where there is no label."""
-    if not self.classes or 'label' not in batch:
-      return jnp.full(size, self.classes, jnp.int32)
-    return batch['label']
+    return read_first(self.classes, batch if 'label' in batch else None, size)
 
   def _read(self, batch: dict[str, Array], size: int, dropped: Array | None = None,
             key: Array | None = None) -> Context | None:

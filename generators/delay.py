@@ -31,7 +31,7 @@ from smalti.generators.generator import (
     Sample,
     check_request,
     fold,
-    read_labels,
+    read_first,
     settings,
 )
 from smalti.networks.layers import Embedding, Linear, constrain, dropout
@@ -138,7 +138,7 @@ class Delay(Generator):
   def loss(self, batch, *, step, key, train=True):
     """Mean nats per code; `bits_code_i` is that of every code of a position."""
     del step
-    tokens, label, keys = batch['tokens'], self._labels(batch), jax.random.split(key, 3)
+    (tokens, label), keys = self._read(batch), jax.random.split(key, 3)
     if train and self.classes:
       dropped = jax.random.bernoulli(keys[0], self.label_dropout, label.shape)
       label = jnp.where(dropped, self.classes, label)
@@ -151,7 +151,7 @@ class Delay(Generator):
 
   def log_prob(self, batch: dict[str, Array]) -> Float[Array, 'b']:
     """Exact log p(tokens | label) of the pattern's model, in nats."""
-    return -self._nll(batch['tokens'], self._labels(batch), None).sum((1, 2))
+    return -self._nll(*self._read(batch), None).sum((1, 2))
 
   def sample(self, condition, *, keys, settings, known=None, known_mask=None) -> Sample:
     """Step by step, with cached keys and values; known codes are clamped.
@@ -160,7 +160,7 @@ class Delay(Generator):
     """
     check_request(self.classes, condition, known, known_mask, settings.guidance)
     pattern, size = self.pattern, keys.shape[0]
-    label = self._labels({**(condition or {}), 'tokens': keys})
+    label = read_first(self.classes, condition, size)
     scales = settings.scales(pattern.steps)
     guided = scales is not None
     if guided:
@@ -210,9 +210,11 @@ class Delay(Generator):
     return Sample(tokens=tokens, nfe=(1 + guided) * pattern.steps, exact=exact,
                   log_prob=state[4])
 
-  def _labels(self, batch: dict[str, Array]) -> Int[Array, 'b']:
-    found = read_labels(self.classes, batch if 'label' in batch else None, len(batch['tokens']))
-    return jnp.zeros(len(batch['tokens']), jnp.int32) if found is None else found
+  def _read(self, batch: dict[str, Array]) -> tuple[Int[Array, 'b n d'], Int[Array, 'b']]:
+    if 'keep' in batch:
+      raise ValueError('keep: a pattern is over all positions; give whole token arrays.')
+    tokens = jnp.asarray(batch['tokens'], jnp.int32)
+    return tokens, read_first(self.classes, batch if 'label' in batch else None, len(tokens))
 
   def _nll(self, tokens: Int[Array, 'b n d'], label: Int[Array, 'b'], keys: Array | None
            ) -> Float[Array, 'b n d']:

@@ -35,7 +35,7 @@ from smalti.generators.generator import (
     Sample,
     check_request,
     fold,
-    read_labels,
+    read_first,
     settings,
 )
 from smalti.networks.layers import Embedding, Linear, constrain, dropout
@@ -154,15 +154,10 @@ class Depth(Generator):
     if 'keep' in batch:
       raise ValueError('keep: all codes of a position are read together; give whole token arrays.')
     tokens = self._to(jnp.asarray(batch['tokens'], jnp.int32))
-    return tokens, self._label(batch if 'label' in batch else None, len(tokens))
+    return tokens, read_first(self.classes, batch if 'label' in batch else None, len(tokens))
 
   def _to(self, tokens: Int[Array, 'b n k']) -> Int[Array, 'b n d']:
     return tokens if self.view is None else self.spec.to(self.view, tokens)
-
-  def _label(self, condition: dict[str, Array] | None, size: int) -> Int[Array, 'b']:
-    """The row of the label table of every example; the null row where there is no label."""
-    label = read_labels(self.classes, condition, size)
-    return jnp.zeros(size, jnp.int32) if label is None else label
 
   def _vectors(self, tokens: Int[Array, '*b d']) -> Float[Array, '*b d e']:
     """Of every code, of the table of its depth; float32, in which they are summed."""
@@ -255,7 +250,7 @@ class Depth(Generator):
     fixed = jnp.asarray(known_mask, bool) | (jnp.arange(length) < prefill)[:, None]
     code, held, whole = known_bits(
         self.spec, self.view, jnp.where(fixed, known, 0).astype(jnp.int32), fixed)
-    label = self._label(condition, batch)
+    label = read_first(self.classes, condition, batch)
     if guided:
       label = ids.pair(label, jnp.full_like(label, self.classes))
     plan, each = self._plan(settings, code, held)

@@ -153,6 +153,12 @@ def read_labels(classes: int, condition: dict[str, Array] | None, size: int
   return jnp.where(label < 0, classes, label)
 
 
+def read_first(classes: int, condition: dict[str, Array] | None, size: int) -> Int[Array, 'b']:
+  """`read_labels` of a model whose first slot is a row of the label table: without classes, 0."""
+  labels = read_labels(classes, condition, size)
+  return jnp.zeros(size, jnp.int32) if labels is None else labels
+
+
 def check_request(classes: int, condition: dict[str, Array] | None, known: Array | None,
                   known_mask: Array | None, guidance: Any) -> None:
   """What `sample` cannot do.

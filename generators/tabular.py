@@ -19,6 +19,7 @@ from smalti.generators.generator import (
     GeneratorConfig,
     Sample,
     Settings,
+    check_request,
     fold,
     settings,
 )
@@ -117,6 +118,7 @@ class TabularGenerator(Generator):
   def sample(self, condition, *, keys, settings, known=None, known_mask=None) -> Sample:
     """The chain rule in row-major order, given everything known: exact for every mask."""
     del condition  # a table has none
+    check_request(0, None, known, known_mask, None)
     shape = (keys.shape[0], self.spec.length, self.spec.depth)
     if known is None:
       known, known_mask = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)

@@ -13,13 +13,9 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import stats
 
-from smalti.generators.autoregressive import (
-    AutoregressiveConfig,
-    AutoregressiveSettings,
-    segments,
-)
+from smalti.generators.autoregressive import AutoregressiveConfig, AutoregressiveSettings
 from smalti.generators.generator import example_keys, generate
-from smalti.networks.transformer import TransformerConfig
+from smalti.networks.transformer import TransformerConfig, segments
 from smalti.tokenizers.spec import TokenSpec
 
 GRID = TokenSpec(grid=(3, 3), vocab=(5,))
@@ -390,6 +386,21 @@ def test_it_learns_the_two_token_table(key):
 def test_what_cannot_work_is_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_what_is_not_read_is_refused_and_negative_labels_are_null():
+  model = build(SMALL, 2)
+  tokens = every(SMALL)[:2]
+  for half in (dict(known=tokens), dict(known_mask=tokens > 0)):
+    with pytest.raises(ValueError, match='go together'):
+      sample(model, 2, **half)
+  with pytest.raises(ValueError, match='keep: '):
+    model.log_prob({'tokens': tokens, 'keep': jnp.array([1, 2])})
+  null = log_prob(model, {'tokens': tokens})
+  for label in (-1, -2):
+    batch = {'tokens': tokens, 'label': jnp.full(2, label)}
+    np.testing.assert_array_equal(log_prob(model, batch), null)
+  assert np.abs(log_prob(model, {'tokens': tokens, 'label': jnp.array([1, 1])}) - null).min() > 1e-3
 
 
 def test_hidden_states_lead_to_the_logits_and_are_causal():

@@ -177,6 +177,11 @@ def test_losses_are_the_likelihood_and_refusals_say_why():
       value, -log_prob(model, {'tokens': every()}).mean() / 4, rtol=1e-5)
   codes = [aux['metrics'][f'bits_code_{d}'] for d in range(2)]
   np.testing.assert_allclose(np.mean(codes), aux['metrics']['bits_per_token'], rtol=1e-5)
+  with pytest.raises(ValueError, match='keep: '):
+    model.log_prob({'tokens': every(), 'keep': jnp.ones(len(every()), int)})
+  with pytest.raises(ValueError, match='needs an entry `label`'):
+    generate(build('delay', 2), {'text': jnp.zeros(2)}, keys=example_keys(0, jnp.arange(2)),
+             settings=DelaySettings())
   body = TransformerConfig(layers=1, width=32, heads=2)
   for spec, options, message in (
       (TokenSpec(grid=(2,), vocab=(3,)), {}, 'use autoregressive'),

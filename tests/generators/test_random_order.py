@@ -10,13 +10,16 @@ import pytest
 from flax import nnx
 from scipy import stats
 
+from smalti.generators import autoregressive
 from smalti.generators.autoregressive import (
+    Autoregressive,
     AutoregressiveConfig,
     AutoregressiveSettings,
     _shuffled,
 )
 from smalti.generators.generator import example_keys, generate
-from smalti.networks.transformer import TransformerConfig
+from smalti.generators.text import TextConfig
+from smalti.networks.transformer import Transformer, TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
 
 SPEC = TokenSpec(grid=(3,), vocab=(4,))
@@ -133,6 +136,32 @@ def test_the_share_of_random_orders_falls_as_the_config_says(key):
   assert float(values[1]) == pytest.approx(
       -float(log_prob(model, {'tokens': tokens[:1]}, None)[0]) / 3, rel=1e-5)
   assert abs(float(values[0] - values[1])) > 1e-3
+
+
+def test_no_two_draws_of_a_step_share_a_key(monkeypatch):
+  """`split(key, n)[i]` is `fold_in(key, i)`: an order must not come from a key of dropout."""
+  model = AutoregressiveConfig(
+      classes=2, text=TextConfig(length=2, width=4), dropout=.1, anneal=(10, 20),
+      transformer=TransformerConfig(layers=1, width=8, heads=2, axes=0)).build(
+          SPEC, rngs=nnx.Rngs(0))
+  text, seen = model.text, []
+
+  def note(key):
+    seen.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+
+  def bernoulli(key, rate, shape):
+    note(key)
+    return jnp.zeros(shape, bool)
+
+  monkeypatch.setattr(autoregressive, '_shuffled', lambda key, order, _: (note(key), order)[1])
+  monkeypatch.setattr(autoregressive, 'dropout', lambda x, _, key: (note(key), x)[1])
+  monkeypatch.setattr(Autoregressive, '_read', lambda self, batch, size, dropped, key: (
+      note(key), text(batch, size))[1])
+  monkeypatch.setattr(Transformer, '__call__', lambda self, x, *, key, **_: (note(key), x)[1])
+  monkeypatch.setattr(jax.random, 'bernoulli', bernoulli)
+  model.loss({'tokens': ALL[:4], 'label': jnp.zeros(4, int), 'text': jnp.ones((4, 2, 4)),
+              'text_mask': jnp.ones((4, 2), bool)}, step=0, key=jax.random.key(0))
+  assert len(seen) == 5 and len(set(seen)) == 5
 
 
 def test_what_cannot_be_permuted_is_refused():
