@@ -22,6 +22,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from smalti.generators import logits as processing, schedules
+from smalti.generators.flips import (
+    NEVER,
+    Reverse,
+    check_reverse,
+    flip,
+    posterior,
+    reverse,
+    reverse_logs,
+)
 from smalti.generators.generator import (
     Generator,
     GeneratorConfig,
@@ -35,9 +44,7 @@ from smalti.networks.layers import Embedding, Linear, TimeEmbedding
 from smalti.networks.transformer import Transformer, TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
 
-Reverse = Literal['mixture', 'product']
 ENUMERABLE = 8  # bits whose states `elbo` may enumerate
-NEVER = -1e30  # the logarithm of what cannot be; infinite ones have no gradient
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -112,7 +119,7 @@ class Binary(Generator):
     self.kept = tuple(schedules.kept(config.schedule, config.steps).tolist())
     if config.predict not in ('flip', 'clean'):
       raise ValueError(f'predict={config.predict!r} is not one of flip, clean.')
-    _check_reverse(config.reverse)
+    check_reverse(config.reverse)
     if not 0 <= config.label_dropout <= 1:
       raise ValueError(f'label_dropout={config.label_dropout} must be within 0..1.')
     if config.vlb < 0:
@@ -262,7 +269,7 @@ class Binary(Generator):
     """KL(q(z_s | z_t, z_0) | p_theta(z_s | z_t)) of every bit; at s=0, -log p_theta(z_0 | z_t)."""
     keep_s, keep_t = keep_s[:, None, None], keep_t[:, None, None]
     want = posterior(z, bits, keep_s, keep_t)
-    one, zero = _reverse_logs(z, logits, keep_s, keep_t, self.reverse)
+    one, zero = reverse_logs(z, logits, keep_s, keep_t, self.reverse)
     return (jax.scipy.special.xlogy(want, want) + jax.scipy.special.xlogy(1 - want, 1 - want)
             - want * one - (1 - want) * zero)
 
@@ -296,7 +303,7 @@ class Binary(Generator):
                                  ('clamp', settings.clamp, ('clean', 'renoise'))):
       if value not in choices:
         raise ValueError(f'{name}={value!r} is not one of {", ".join(choices)}.')
-    _check_reverse(settings.reverse)
+    check_reverse(settings.reverse)
     labels, shape = read_labels(self.classes, condition, size), (self.spec.length, self.bits.depth)
     times = self._times(settings.steps)
     kept = jnp.asarray(self.kept, jnp.float32)
@@ -355,60 +362,5 @@ class Binary(Generator):
     return processing.guide_pairs(both, scale)
 
 
-def flip(bits: Int[Array, 'b n k'], u: Float[Array, 'b n k'], keep: Float[Array, '*b']
-         ) -> Int[Array, 'b n k']:
-  """z_t of clean bits: each other with probability (1 - keep) / 2; u is uniform in [0, 1)."""
-  keep = jnp.reshape(keep, (-1, 1, 1))
-  return bits ^ (u < (1 - keep) / 2).astype(jnp.int32)
-
-
-def posterior(z_t: Array, z_0: Array, keep_s: Array, keep_t: Array) -> Float[Array, '...']:
-  """q(z_s = 1 | z_t, z_0) for s < t; keep is k at both. Exactly z_0 at s=0."""
-  ratio = keep_t / keep_s
-  seen = jnp.where(z_t == 1, 1 + ratio, 1 - ratio) / 2  # q(z_t | z_s = 1)
-  there = jnp.where(z_0 == 1, 1 + keep_s, 1 - keep_s) / 2  # q(z_s = 1 | z_0)
-  one, zero = there * seen, (1 - there) * (1 - seen)
-  return one / (one + zero)
-
-
-def reverse(z_t: Array, p: Array, keep_s: Array, keep_t: Array, kind: Reverse
-            ) -> Float[Array, '...']:
-  """p_theta(z_s = 1 | z_t) of a network that says p = p(z_0 = 1 | z_t); p itself at s=0."""
-  if kind == 'mixture':
-    ones, zeros = (posterior(z_t, jnp.full_like(z_t, v), keep_s, keep_t) for v in (1, 0))
-    return p * ones + (1 - p) * zeros
-  ratio = keep_t / keep_s
-  seen = jnp.where(z_t == 1, 1 + ratio, 1 - ratio) / 2
-  there = keep_s * p + (1 - keep_s) / 2
-  one, zero = there * seen, (1 - there) * (1 - seen)
-  return jnp.where(keep_s == 1, p, one / (one + zero))
-
-
-def _reverse_logs(z_t: Array, logits: Array, keep_s: Array, keep_t: Array, kind: Reverse
-                  ) -> tuple[Array, Array]:
-  """log p_theta(z_s = 1 | z_t) and log p_theta(z_s = 0 | z_t), with gradients at any certainty."""
-  sure, unsure = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
-  if kind == 'mixture':
-    ones, zeros = (posterior(z_t, jnp.full_like(z_t, v), keep_s, keep_t) for v in (1, 0))
-    return (jnp.logaddexp(sure + _log(ones), unsure + _log(zeros)),
-            jnp.logaddexp(sure + _log(1 - ones), unsure + _log(1 - zeros)))
-  ratio, noise = keep_t / keep_s, _log((1 - keep_s) / 2)
-  seen = jnp.where(z_t == 1, 1 + ratio, 1 - ratio) / 2
-  one = _log(seen) + jnp.logaddexp(_log(keep_s) + sure, noise)
-  zero = _log(1 - seen) + jnp.logaddexp(_log(keep_s) + unsure, noise)
-  total = jnp.logaddexp(one, zero)
-  last = keep_s == 1
-  return jnp.where(last, sure, one - total), jnp.where(last, unsure, zero - total)
-
-
-def _log(p: Array) -> Array:
-  return jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1)), NEVER)
-
-
 def _cross_entropy(logits: Array, bits: Array) -> Array:
   return jax.nn.softplus(logits) - bits * logits
-
-
-def _check_reverse(kind: str) -> None:
-  if kind not in ('mixture', 'product'):
-    raise ValueError(f'reverse={kind!r} is not one of mixture, product.')

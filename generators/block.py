@@ -23,18 +23,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from smalti.generators import logits as processing, schedules, unmasking
+from smalti.generators import logits as processing, masking, schedules, unmasking
 from smalti.generators.generator import (
     Generator,
     GeneratorConfig,
     Sample,
     check_request,
     fold,
-    rank,
     read_labels,
     settings,
 )
-from smalti.generators.masking import ENUMERABLE
 from smalti.generators.unmasking import UnmaskingSettings
 from smalti.networks.layers import Embedding, Linear, constrain
 from smalti.networks.transformer import Cache, Transformer, TransformerConfig, segments
@@ -162,10 +160,11 @@ class BlockDiffusion(Generator):
     u = schedules.stratified(strata, tokens.shape[0] * self.blocks)
     u = u.reshape(self.blocks, len(tokens)).T
     if train:
-      masked, weight, unbiased = self._rate_mask(hide, u)
+      masked, weight, unbiased = masking.by_rate(hide, u, self.block_size, self.rates)
     else:
       masked, weight = self._count_mask(hide, u)
       unbiased = weight
+    masked = masked.reshape(tokens.shape)
     scores = self.scores(tokens, masked, labels, key=inner, train=train)
     nll = jnp.where(masked, -processing.log_prob(scores, tokens), 0)
     hits = masked & (processing.pick(scores, tokens) >= jnp.max(scores, -1))
@@ -200,7 +199,7 @@ class BlockDiffusion(Generator):
         first, second = jax.random.split(jax.random.fold_in(key, draw))
         u = (draw + jax.random.uniform(first, shape[:2])) / samples
         masked, weight = self._count_mask(second, u)
-        weight = weight / samples
+        masked, weight = masked.reshape(tokens.shape), weight / samples
       logp = processing.log_prob(self.scores(tokens, masked, labels), tokens)
       each = self._split(jnp.where(masked, logp, 0)).sum(-1)
       return total + (weight * each).sum(-1), None
@@ -217,39 +216,16 @@ class BlockDiffusion(Generator):
     flat = tokens.reshape(len(tokens), self.flat.length)
     return flat, read_labels(self.classes, batch, len(tokens))
 
-  def _rate_mask(self, key: Array, u: Float[Array, 'b m']
-                 ) -> tuple[Bool[Array, 'b n'], Float[Array, 'b m'], Float[Array, 'b m']]:
-    """Hides each code of a block with probability t, t from u; the loss's and the bound's weight.
-
-    Both are a function of how many codes are hidden, which has less variance than 1 / t.
-    """
-    low, high = self.rates
-    rate = low + (high - low) * u
-    draw = jax.random.uniform(key, (len(u), self.blocks, self.block_size))
-    masked = draw < rate[..., None]
-    chance, inverse = schedules.hidden(low, high, self.block_size)
-    count = np.maximum(np.arange(self.block_size + 1), 1)
-    # a count that is never drawn needs no weight
-    weight, unbiased = (
-        np.divide(value, chance, out=np.zeros_like(chance), where=chance > 0).astype(np.float32)
-        for value in (inverse, np.where(np.arange(len(count)) > 0, 1 / count, 0)))
-    drawn = masked.sum(-1)
-    flat = masked.reshape(len(u), self.flat.length)
-    return flat, jnp.asarray(weight)[drawn], jnp.asarray(unbiased)[drawn]
-
   def _count_mask(self, key: Array, u: Float[Array, 'b m']
-                  ) -> tuple[Bool[Array, 'b n'], Float[Array, 'b m']]:
+                  ) -> tuple[Bool[Array, 'b m l'], Float[Array, 'b m']]:
     """Hides m ~ U{1..L'} codes of each block; weight L' / m."""
-    size = self.block_size
-    count = jnp.clip(1 + jnp.floor(u * size).astype(jnp.int32), 1, size)
-    place = rank(jax.random.uniform(key, (*u.shape, size)))
-    return (place < count[..., None]).reshape(len(u), self.flat.length), size / count
+    return masking.by_count(key, u, jnp.ones((*u.shape, self.block_size), bool))
 
   def _enumerated(self) -> tuple[Bool[Array, 'm l'], Float[Array, 'm']]:
     """All masks of a block but the empty one, and their weights."""
     size = self.block_size
-    if size > ENUMERABLE:
-      raise ValueError(f"mode='enumerate' is for blocks of {ENUMERABLE} codes at most, got "
+    if size > masking.ENUMERABLE:
+      raise ValueError(f"mode='enumerate' is for blocks of {masking.ENUMERABLE} codes at most, got "
                        f"block_size={size}; use 'count'.")
     masks = (np.arange(1, 2**size)[:, None] >> np.arange(size)) & 1 == 1
     weights = np.array([1 / (m * math.comb(size, m)) for m in masks.sum(-1)], np.float32)

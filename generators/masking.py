@@ -42,8 +42,27 @@ def by_time(key: Array, u: Float[Array, 'b'], real: Bool[Array, 'b n'],
   return (jax.random.uniform(key, real.shape) < chance[:, None]) & real, weight
 
 
-def by_count(key: Array, u: Float[Array, 'b'], real: Bool[Array, 'b n']
-             ) -> tuple[Bool[Array, 'b n'], Float[Array, 'b']]:
+def by_rate(key: Array, u: Float[Array, '*b'], size: int, rates: tuple[float, ...]
+            ) -> tuple[Bool[Array, '*b n'], Float[Array, '*b'], Float[Array, '*b']]:
+  """Hides each of `size` tokens with probability t, t from u and within `rates` (arXiv 2503.09573).
+
+  The first weight is the mean of 1 / t given how many are hidden, which has less variance than 1/t:
+  the bound's part within the rates. The second is of the bound itself, whatever the rates.
+  """
+  low, high = rates
+  masked = jax.random.uniform(key, (*u.shape, size)) < (low + (high - low) * u)[..., None]
+  chance, inverse = schedules.hidden(low, high, size)
+  count = np.arange(size + 1)
+  # a count that is never drawn needs no weight
+  weight, unbiased = (
+      np.divide(value, chance, out=np.zeros_like(chance), where=chance > 0).astype(np.float32)
+      for value in (inverse, np.where(count > 0, 1 / np.maximum(count, 1), 0)))
+  drawn = masked.sum(-1)
+  return masked, jnp.asarray(weight)[drawn], jnp.asarray(unbiased)[drawn]
+
+
+def by_count(key: Array, u: Float[Array, '*b'], real: Bool[Array, '*b n']
+             ) -> tuple[Bool[Array, '*b n'], Float[Array, '*b']]:
   """Hides m ~ U{1..n} of the n real tokens; weight n / m."""
   total = real.sum(-1)
   count = jnp.clip(1 + jnp.floor(u * total).astype(jnp.int32), 1, jnp.maximum(total, 1))

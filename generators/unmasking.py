@@ -236,10 +236,10 @@ def before_end(given: Int[Array, 'b n'], unknown: Bool[Array, 'b n'], eos: int
   return end.any(-1, keepdims=True) & (jnp.cumsum(end, 1) == 0)
 
 
-def subset(noise: Float[Array, 'b n'], count: Int[Array, 'b'], among: Bool[Array, 'b n']
-           ) -> Bool[Array, 'b n']:
+def subset(noise: Float[Array, '*b n'], count: Int[Array, '*b'], among: Bool[Array, '*b n']
+           ) -> Bool[Array, '*b n']:
   """`count` of the positions `among` in every row; noise is uniform in [0, 1)."""
-  return (rank(jnp.where(among, noise, 2)) < count[:, None]) & among
+  return (rank(jnp.where(among, noise, 2)) < count[..., None]) & among
 
 
 def _each(keys: Array, purpose: int, shape: tuple[int, ...], draw: Callable[..., Array],
