@@ -94,13 +94,11 @@ def tokenizer(name: str) -> Experiment:
   """Tokens of MNIST: the net of `quantizers`, or of One-D-Piece for registers."""
   quantizer, weights = CODES[name]
   experiment: Any = quantizers.get_config()
-  if name == 'nested':
-    experiment.model = dataclasses.replace(
-        onedpiece.get_config('small').model, image_size=(28, 28), channels=1)
-  else:
-    experiment.model = dataclasses.replace(
-        experiment.model, image_size=(28, 28), channels=1, width=64, weights=weights)
-  experiment.model.quantizer = quantizer
+  model: Any = onedpiece.get_config('small').model if name == 'nested' else experiment.model
+  experiment.model = dataclasses.replace(
+      model, image_size=(28, 28), channels=1, quantizer=quantizer)
+  if name != 'nested':
+    experiment.model.width, experiment.model.weights = 64, weights
   return dataclasses.replace(
       experiment, data=MnistConfig(), steps=1500, checkpoint=CheckpointConfig(every=500))
 
