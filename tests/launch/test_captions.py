@@ -35,7 +35,7 @@ def loaded(text=TEXT, data=DATA, model=None):
 class Pixels(nnx.Module):
   """Decodes a code to a pixel of its brightness."""
 
-  def decode(self, tokens, keys):
+  def decode(self, tokens, *, keep=None, keys=None):
     return tokens.reshape(-1, 2, 2, 1) / 2 - 1.0
 
 
