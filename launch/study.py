@@ -62,7 +62,7 @@ class Study:
   results: pathlib.Path
 
   def path(self, row: str) -> pathlib.Path:
-    return self.results / f'{row.replace("/", "-")}.json'
+    return self.results / f'{row.replace("/", "-").replace(" ", "_")}.json'
 
   def finished(self, row: str) -> bool:
     """Whether the file of a row is there, and of the experiment that is asked for."""
@@ -94,7 +94,7 @@ class Study:
         'parameters': _parameters(loaded), 'seconds_per_step': _seconds(folder)}
     if isinstance(experiment.model, GeneratorConfig):
       results |= generated(loaded, scores, judge, experiment,
-                           self.results / f'{row.replace("/", "-")}.png')
+                           self.path(row).with_suffix('.png'))
     else:
       tokenizer_scores(loaded, scores, judge, experiment.data, beside=False)
       found = {score.name: score.value for score in scores.rows}
