@@ -72,14 +72,15 @@ class Study:
   def trained(self, row: str) -> pathlib.Path:
     """The run of a row, trained to its end."""
     experiment = dataclasses.replace(self.rows[row], settings=None)
-    folder = self.out / 'runs' / f'{type(experiment.model).__name__}-{definition(experiment)}'
+    mark = definition(experiment)
+    folder = self.out / 'runs' / f'{type(experiment.model).__name__}-{mark}'
     name = experiment.tokenizer or ''
     if name.startswith(ROW):
       if name.removeprefix(ROW) not in self.rows:
         raise ValueError(f'{row} names the tokenizer {name}, which is not among the rows.')
       path = self.trained(name.removeprefix(ROW))
       experiment = dataclasses.replace(experiment, tokenizer=str(path))
-    with cells.Folder(self.out, definition(self.rows[row])).lock():
+    with cells.Folder(self.out, mark).lock():  # of the run, which several rows may share
       train(experiment, folder)
     return folder
 

@@ -123,6 +123,20 @@ def test_rows_are_trained_scored_and_gone_on_with(tmp_path, config):
   assert rows['wide']['state'] == 'not run' and rows['mean image']['state'] == 'baseline'
 
 
+def test_rows_that_share_a_run_share_its_lock(tmp_path, monkeypatch):
+  from smalti.configs import digits_masked
+  from smalti.generators.unmasking import MaskedSettings
+  row = digits_masked.get_config('debug')
+  rows = {'masked': row,
+          'ancestral': dataclasses.replace(row, settings=MaskedSettings(sampler='ancestral')),
+          'more': dataclasses.replace(row, steps=3)}
+  asked, held = Study('rows', rows, tmp_path, tmp_path), []
+  monkeypatch.setattr(study, 'train', lambda *_: held.append(list(tmp_path.rglob('LOCK'))))
+  folders = [asked.trained(name) for name in rows]
+  assert folders[0] == folders[1] != folders[2]
+  assert held[0] == held[1] != held[2] and [len(locks) for locks in held] == [1, 1, 1]
+
+
 @pytest.mark.slow
 def test_a_generator_waits_for_its_tokenizer_and_samplers_share_its_run(tmp_path, monkeypatch):
   from smalti.configs import digits_masked, digits_vq
