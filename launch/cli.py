@@ -27,7 +27,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import smalti
-from smalti.launch import exits, help, serialization
+from smalti.launch import exits, help, memory, serialization
 
 VERBS = {
     'train': 'train a tokenizer or a generator from one config; the same command resumes',
@@ -105,6 +105,7 @@ def _main(argv: list[str]) -> int:
 
 def _verb(verb: str, arguments: list[str]) -> int:
   """One module of launch/ with `define` and `main`; not all of them are among `VERBS`."""
+  memory.keep_pages()
   module = importlib.import_module(f'smalti.launch.{verb}')
   values = flags.FlagValues()
   values.set_gnu_getopt(True)  # flags may follow the choice of `define_choice`

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from smalti.networks.convolution import convolve
 from smalti.networks.layers import Linear, constrain
 
 
@@ -361,7 +362,7 @@ def conv(inside: int, outside: int, *, strides: int = 1, padding: Any = 'SAME', 
   """A 3x3 convolution."""
   init = nnx.initializers.zeros if zero else kernel_init
   return nnx.Conv(inside, outside, (3, 3), strides=strides, padding=padding, use_bias=bias,
-                  dtype=dtype, kernel_init=init, rngs=rngs)
+                  dtype=dtype, kernel_init=init, conv_general_dilated=convolve, rngs=rngs)
 
 
 def linear(inside: int, outside: int, *, bias: bool = True, dtype: Any, rngs: nnx.Rngs

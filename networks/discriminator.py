@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from smalti.networks.convnet import Norm, kernel_init, linear
+from smalti.networks.convolution import convolve
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -234,4 +235,4 @@ def _conv(inside: int, outside: int, size: int, *, strides: int = 1, bias: bool 
           init: Any = _normal, dtype: Any, rngs: nnx.Rngs) -> nnx.Conv:
   padding: Any = ((1, 1), (1, 1)) if size == 4 else 'SAME'
   return nnx.Conv(inside, outside, (size, size), strides=strides, padding=padding, use_bias=bias,
-                  dtype=dtype, kernel_init=init, rngs=rngs)
+                  dtype=dtype, kernel_init=init, conv_general_dilated=convolve, rngs=rngs)
