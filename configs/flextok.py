@@ -7,6 +7,8 @@ under $SMALTI_DATA_DIR), half an hour on two cores. Decoded at every length:
   python -m smalti.launch.budgets --workdir=runs/flextok
 """
 
+import dataclasses
+
 from smalti.data.augment import AugmentConfig
 from smalti.data.digits import DigitsConfig
 from smalti.data.downloads import CifarJpegConfig
@@ -35,7 +37,8 @@ SIZES = {
 
 def get_config(size: str = 'small') -> Experiment:
   options = SIZES[size]
-  blocks = lean(options['layers'], options['width'], head=options['head'])
+  blocks = dataclasses.replace(
+      lean(options['layers'], options['width'], head=options['head']), remat=False)
   return Experiment(
       model=FlexTokConfig(
           image_size=(options['image'],) * 2, channels=options['channels'], patch=options['patch'],

@@ -109,10 +109,10 @@ def get_config(size: str = 'base') -> Experiment:
   tokens, kind, settings = ROWS[row]
   unordered = row.startswith('any order')
   body = TransformerConfig(layers=2, width=32, heads=2) if debug else TransformerConfig(
-      layers=4, width=128, heads=4, dropout=0.1, axes=0 if unordered else 1)
+      layers=4, width=128, heads=4, dropout=0.1, axes=0 if unordered else 1, remat=False)
   model = kind(transformer=body, classes=10, **OWN.get(row, {}))
   if kind is DepthConfig:
-    model.depth = TransformerConfig(layers=1, width=128, heads=4, axes=0)
+    model.depth = TransformerConfig(layers=1, width=128, heads=4, axes=0, remat=False)
   return Experiment(
       model=model,
       data=DigitsConfig() if debug else MnistConfig(),

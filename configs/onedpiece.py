@@ -35,7 +35,8 @@ SIZES = {
 
 def get_config(size: str = 'base') -> Experiment:
   options = SIZES[size]
-  blocks = [plain(options['layers'], options['width'], options['heads'], init='xavier')
+  blocks = [plain(options['layers'], options['width'], options['heads'], init='xavier',
+                  remat=size == 'base')
             for _ in range(2)]
   return Experiment(
       model=RegisterTokenizerConfig(

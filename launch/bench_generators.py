@@ -88,7 +88,7 @@ def _growth(bench: Bench, lengths: tuple[int, ...] = LENGTHS) -> Iterator[Row]:
 
 def _steps(bench: Bench, batch: int = 8) -> Iterator[Row]:
   """A training step against torch, and the share of what this machine multiplies: goal P6."""
-  sizes = llama.Sizes()
+  sizes = llama.Sizes(remat=False)  # the peers recompute nothing either
   ours = _Step(sizes, batch)
   path = bench.folder / 'llama_step.npz'
   np.savez(path, **ours.weights)

@@ -342,6 +342,11 @@ def define(values: Any) -> None:
 def main(values: Any) -> int:
   if values.workdir is None:
     raise ValueError('report needs --workdir=RUN, a run folder.')
+  run = read('', values.workdir)
+  if not any((run.config, run.metrics, run.scores, run.tables, run.notes, *run.pictures.values())):
+    raise FileNotFoundError(
+        f'{values.workdir} is no run: no config, metrics, scores or pictures; a page that is '
+        'there stays as it was.')
   say(f'report: {write_report(values.workdir)}')
   return 0
 

@@ -58,6 +58,9 @@ class FlexTokConfig(TokenizerConfig):
       of the released models is not published; 'power' is good at powers of two alone.
     null: share of examples trained without any register, which guidance needs (not published).
     times: the law of noise levels (apple/ml-flextok has 'logit_normal').
+    location: of the normal's mean in 'logit_normal'; above 0 more noise, where tokens matter most
+      (SD3, arXiv 2403.03206, section 3.1; the published decoder has 0). At 0 one example in 600
+      has a level above .95, and short trainings leave the first steps of decoding unlearned.
     stratified: spread the levels of a batch evenly over their law; evaluation always does.
     weights: of the velocity's error ('reconstruction') and the quantizer's terms.
     dtype: compute dtype of the transformers; quantizer, norms and losses are float32.
@@ -75,6 +78,7 @@ class FlexTokConfig(TokenizerConfig):
   schedule: Schedule | None = 'uniform'
   null: float = 0.1
   times: Times = 'logit_normal'
+  location: float = 0.0
   stratified: bool = True
   weights: LossWeights = dataclasses.field(default_factory=LossWeights)
   dtype: Literal['float32', 'bfloat16'] = 'float32'
@@ -96,7 +100,8 @@ class FlexTok(Tokenizer):
   def __init__(self, config: FlexTokConfig, *, rngs: nnx.Rngs):
     self.size, self.channels = tuple(config.image_size), config.channels
     self.patch, self.mask, self.schedule = config.patch, config.mask, config.schedule
-    self.null, self.times, self.stratified = config.null, config.times, config.stratified
+    self.null, self.times, self.location = config.null, config.times, config.location
+    self.stratified = config.stratified
     self.weights = tuple(dataclasses.asdict(config.weights).items())  # hashable, for jit
     vae: Any = freeze(config.vae.build(rngs=rngs)) if config.vae else None
     self.vae = vae
@@ -236,7 +241,8 @@ class FlexTok(Tokenizer):
       if self.schedule is not None:
         keep = draw_budget(cut, count, self.spec.length, self.schedule)
       null = jax.random.bernoulli(drop, self.null, (count,))
-    t = flow.draw_times(time, count, self.times, stratified=self.stratified or not train)
+    t = flow.draw_times(time, count, self.times, location=self.location,
+                        stratified=self.stratified or not train)
     noise = jax.random.normal(draw, (patches.size,)).reshape(patches.shape)
     velocity = self.decoder(flow.mix(patches, noise, t), self.condition(q.vectors, keep, null), t,
                             key=up, train=train)

@@ -54,9 +54,9 @@ class FlowSettings:
       raise ValueError(f'steps={self.steps} must be 1 or more.')
 
 
-def draw_times(key: Array, batch: int, law: Times = 'logit_normal', *, stratified: bool = False
-               ) -> Float[Array, 'b']:
-  """Noise levels in [0, 1]: sigmoid(N(0, 1)), or U(0, 1).
+def draw_times(key: Array, batch: int, law: Times = 'logit_normal', *, location: float = 0.0,
+               stratified: bool = False) -> Float[Array, 'b']:
+  """Noise levels in [0, 1]: sigmoid(N(location, 1)), or U(0, 1).
 
   `stratified` draws the i-th of the batch from the i-th of as many equally likely ranges, which
   lowers the variance of the loss.
@@ -66,7 +66,7 @@ def draw_times(key: Array, batch: int, law: Times = 'logit_normal', *, stratifie
   u = jax.random.uniform(key, (batch,))
   if stratified:
     u = (jnp.arange(batch) + u) / batch
-  return u if law == 'uniform' else jax.nn.sigmoid(jax.scipy.special.ndtri(u))
+  return u if law == 'uniform' else jax.nn.sigmoid(location + jax.scipy.special.ndtri(u))
 
 
 def mix(x: Float[Array, 'b *s'], noise: Float[Array, 'b *s'], t: Float[Array, 'b']

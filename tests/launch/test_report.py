@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from smalti.evaluation.manifest import Score, versions, write_scores
-from smalti.launch import charts, pictures, report
+from smalti.launch import charts, cli, pictures, report
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)> & \'quotes\''
 
@@ -140,6 +140,14 @@ def test_a_missing_folder_is_one_line(tmp_path):
   with pytest.raises(FileNotFoundError, match='is no folder; give the --workdir'):
     report.write_report(tmp_path / 'nowhere')
   assert not (tmp_path / 'nowhere').exists()
+
+
+def test_a_folder_that_is_no_run_keeps_the_page_it_has(tmp_path, capsys):
+  page = tmp_path / 'report' / 'index.html'
+  page.parent.mkdir()
+  page.write_text('of a sweep')
+  assert cli.main(['report', f'--workdir={tmp_path}']) == 2
+  assert 'is no run' in capsys.readouterr().err and page.read_text() == 'of a sweep'
 
 
 def test_long_curves_are_thinned_and_keep_their_ends():

@@ -71,13 +71,14 @@ def test_euler_carries_noise_to_the_gaussian_with_an_error_of_first_order():
   assert errors[1] / errors[2] == pytest.approx(2, rel=.15)
 
 
-@pytest.mark.parametrize('law', ['logit_normal', 'uniform'])
-def test_times_follow_their_law(law):
+@pytest.mark.parametrize('law, location', [
+    ('logit_normal', 0.0), ('logit_normal', 1.5), ('uniform', 0.0)])
+def test_times_follow_their_law(law, location):
   cdf = {'uniform': stats.uniform.cdf, 'logit_normal': lambda t: stats.norm.cdf(
-      np.log(t / (1 - t)))}[law]
-  t = np.asarray(draw_times(jax.random.key(0), 20_000, law))
+      np.log(t / (1 - t)) - location)}[law]
+  t = np.asarray(draw_times(jax.random.key(0), 20_000, law, location=location))
   assert stats.kstest(t, cdf).pvalue > 1e-3
-  even = np.asarray(draw_times(jax.random.key(1), 64, law, stratified=True))
+  even = np.asarray(draw_times(jax.random.key(1), 64, law, location=location, stratified=True))
   np.testing.assert_array_equal(np.floor(cdf(even) * 64 + 1e-4), np.arange(64))
   with pytest.raises(ValueError, match='must be logit_normal or uniform'):
     draw_times(jax.random.key(0), 2, 'cosine')
