@@ -30,7 +30,7 @@ SIZES = {
     'digits': dict(image=8, channels=1, patch=2, registers=8, layers=3, width=64, head=32,
                    levels=(5, 5, 5), rate=2e-3, batch_size=64, steps=4000, data=DigitsConfig()),
     'small': dict(image=32, channels=3, patch=4, registers=16, layers=6, width=192, head=64,
-                  levels=(8, 8, 8, 5, 5, 5), rate=1e-3, batch_size=32, steps=1800,
+                  levels=(8, 8, 8, 5, 5, 5), rate=1e-3, batch_size=32, steps=1800, location=1.5,
                   data=CifarJpegConfig(augment=AugmentConfig(flip=True))),
 }
 
@@ -43,7 +43,7 @@ def get_config(size: str = 'small') -> Experiment:
       model=FlexTokConfig(
           image_size=(options['image'],) * 2, channels=options['channels'], patch=options['patch'],
           registers=options['registers'], encoder=blocks, decoder=blocks,
-          quantizer=FSQConfig(levels=options['levels'])),
+          quantizer=FSQConfig(levels=options['levels']), location=options.get('location', 0.0)),
       data=options['data'],
       steps=options['steps'],
       batch_size=options['batch_size'],
