@@ -32,6 +32,7 @@ from smalti.generators.generator import (
     GuidanceSettings,
     Sample,
     check_request,
+    check_shares,
     fold,
     read_first,
     settings,
@@ -110,6 +111,7 @@ class Autoregressive(Generator):
           f'axes={config.transformer.axes} must be 1 (the row-major index) or {len(flat.grid)} '
           f'(the coordinates of grid={flat.grid}).')
     self.spec, self.flat, self.classes = spec, flat, config.classes
+    check_shares(label_dropout=config.label_dropout)
     self.label_dropout, self.dropout = config.label_dropout, config.dropout
     self.token = Embedding(flat.vocab[0], width, dtype=dtype, rngs=rngs)
     self.label = Embedding(config.classes + 1, width, dtype=dtype, rngs=rngs)  # last: null, or BOS

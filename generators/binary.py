@@ -37,6 +37,7 @@ from smalti.generators.generator import (
     GuidanceSettings,
     Sample,
     check_request,
+    check_shares,
     read_labels,
     settings,
 )
@@ -120,8 +121,7 @@ class Binary(Generator):
     if config.predict not in ('flip', 'clean'):
       raise ValueError(f'predict={config.predict!r} is not one of flip, clean.')
     check_reverse(config.reverse)
-    if not 0 <= config.label_dropout <= 1:
-      raise ValueError(f'label_dropout={config.label_dropout} must be within 0..1.')
+    check_shares(label_dropout=config.label_dropout)
     if config.vlb < 0:
       raise ValueError(f'vlb={config.vlb} must not be negative.')
     body, depth = config.transformer, self.bits.depth

@@ -29,6 +29,7 @@ from smalti.generators.generator import (
     GeneratorConfig,
     Sample,
     check_request,
+    check_shares,
     fold,
     read_labels,
     settings,
@@ -426,8 +427,7 @@ def _check(config: BlockDiffusionConfig, flat: TokenSpec) -> None:
   if low == 1 and size > 1:
     raise ValueError(f'rates={config.rates} never show a code of a block, and block_size={size} '
                      'needs to learn from them; (1, 1) is for blocks of 1.')
-  if not 0 <= config.label_dropout <= 1:
-    raise ValueError(f'label_dropout={config.label_dropout} must be within 0..1.')
+  check_shares(label_dropout=config.label_dropout)
   if body.modulated and not config.classes:
     raise ValueError('modulated=True needs classes > 0: the label is what modulates.')
   if body.axes not in (0, 1, len(flat.grid)):

@@ -30,6 +30,7 @@ from smalti.generators.generator import (
     GuidanceSettings,
     Sample,
     check_request,
+    check_shares,
     fold,
     read_first,
     settings,
@@ -126,6 +127,7 @@ class Delay(Generator):
                        'prefix; set axes to 1 and modulated to false.')
     self.spec, self.classes = spec, config.classes
     self.pattern = Pattern(spec.length, delays, config.stride)
+    check_shares(label_dropout=config.label_dropout)
     self.label_dropout, self.dropout = config.label_dropout, config.dropout
     width, dtype, self.vocab = config.transformer.width, config.transformer.dtype, max(spec.vocab)
     # a table for each code; its last row is a cell without one

@@ -34,6 +34,7 @@ from smalti.generators.generator import (
     GuidanceSettings,
     Sample,
     check_request,
+    check_shares,
     fold,
     read_first,
     settings,
@@ -386,8 +387,7 @@ def _check(config: DepthConfig, spec: TokenSpec) -> None:
   if config.shared and not inner:
     raise ValueError('shared=True without an inner transformer would give all codes of a position '
                      'one distribution; set shared=False.')
-  if not 0 <= config.label_dropout <= 1:
-    raise ValueError(f'label_dropout={config.label_dropout} must be within 0..1.')
+  check_shares(label_dropout=config.label_dropout)
 
 
 def _product(equation: str, y: Float[Array, '*b c'], kernel: Float[Array, 'c v']) -> Array:

@@ -174,6 +174,13 @@ def check_request(classes: int, condition: dict[str, Array] | None, known: Array
     raise ValueError('guidance needs a model with classes and a condition with `label`.')
 
 
+def check_shares(**shares: float) -> None:
+  """Raises ValueError where a chance or share, given by its name, is not within 0..1."""
+  for name, share in shares.items():
+    if not 0 <= share <= 1:
+      raise ValueError(f'{name}={share} must be within 0..1.')
+
+
 def example_keys(seed: int | Array, index: Int[Array, 'b']) -> Array:
   """One key per example from a seed (or key) and the examples' global indices."""
   root = jax.random.key(seed) if not hasattr(seed, 'dtype') else seed

@@ -23,6 +23,7 @@ from smalti.generators.generator import (
     GeneratorConfig,
     Sample,
     check_request,
+    check_shares,
     fold,
     rank,
     read_labels,
@@ -92,8 +93,7 @@ class Masked(Generator):
       raise ValueError(f'visible={config.visible} must not be negative.')
     if config.objective not in ('elbo', 'maskgit'):
       raise ValueError(f'objective={config.objective!r} is not one of elbo, maskgit.')
-    if not 0 <= config.label_dropout <= 1:
-      raise ValueError(f'label_dropout={config.label_dropout} must be within 0..1.')
+    check_shares(label_dropout=config.label_dropout)
     if not 0 <= config.label_smoothing < 1:
       raise ValueError(f'label_smoothing={config.label_smoothing} must be at least 0 and below 1.')
     self._network(config, rngs)

@@ -30,6 +30,7 @@ from smalti.generators.generator import (
     GuidanceSettings,
     Sample,
     check_request,
+    check_shares,
     fold,
     rank,
     read_labels,
@@ -112,8 +113,7 @@ class ResGen(Generator):
           'with ResidualConfig, or a masked generator.')
     if config.objective not in ('exact', 'split'):
       raise ValueError(f'objective={config.objective!r} is not one of exact, split.')
-    if not 0 <= config.label_dropout <= 1:
-      raise ValueError(f'label_dropout={config.label_dropout} must be within 0..1.')
+    check_shares(label_dropout=config.label_dropout)
     if min(config.channels, config.components, config.rank) < 1:
       raise ValueError(f'channels={config.channels}, components={config.components} and '
                        f'rank={config.rank} must be 1 or more.')

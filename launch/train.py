@@ -166,7 +166,15 @@ class Job:
         self.source, batch_size=experiment.batch_size, seed=experiment.seed, start=start,
         process=jax.process_index(), processes=jax.process_count(),
         augment=getattr(experiment.data, 'augment', None)):
-      yield meshes.put(self.mesh, rows)
+      yield self._put(rows)
+
+  def _put(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The rows on their devices. A label past the last row of a table would become the last."""
+    classes = getattr(self.experiment.model, 'classes', 0)
+    if classes and 'label' in rows and np.any(rows['label'] >= classes):
+      raise ValueError(f'The data has label {rows["label"].max()}, and classes={classes}: labels '
+                       'are 0..classes - 1; set --config.model.classes.')
+    return meshes.put(self.mesh, rows)
 
   def compile(self) -> None:
     """Makes `step`, and `names` behind its `finite` flags; prints what a step will cost."""
@@ -224,7 +232,7 @@ class Job:
       offset = first + share * jax.process_index()
       rows = self.held_out.read(np.arange(offset, offset + share))
       weight, metrics = jax.device_get(self._evaluate(
-          params, self.state['buffers'], meshes.put(self.mesh, rows), jax.random.fold_in(key, i),
+          params, self.state['buffers'], self._put(rows), jax.random.fold_in(key, i),
           self.frozen))
       total, examples = total + weight, examples + number
       for name, value in metrics.items():

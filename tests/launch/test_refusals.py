@@ -58,6 +58,19 @@ def test_a_config_that_cannot_train(capfd, tmp_path, monkeypatch, name):
   assert word in refused(capfd, 'train', *arguments, '--workdir=run')
 
 
+def test_a_chance_above_one(capfd, tokenizer, tmp_path):
+  assert 'label_dropout=1.5 must be within 0..1' in refused(
+      capfd, 'train', '--config=digits_ar:debug', f'--config.tokenizer={tokenizer}',
+      '--config.model.label_dropout=1.5', *DEBUG, f'--workdir={tmp_path}/run')
+
+
+def test_labels_that_the_model_has_no_row_for(tokenizer, tmp_path):
+  with pytest.raises(ValueError, match='label 9, and classes=9'):  # found in a batch: logs before
+    train(cli.load_config('digits_ar:debug', [
+        ('mesh.data', '1'), ('model.classes', '9'), ('tokenizer', str(tokenizer)),
+    ]), tmp_path / 'run')
+
+
 def test_another_config_in_the_workdir(capfd, tokenizer):
   before = sorted(p.name for p in tokenizer.rglob('*'))
   said = refused(capfd, 'train', '--config=digits_vq:debug', '--config.seed=7', *DEBUG,
