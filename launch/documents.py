@@ -5,10 +5,11 @@
     <!-- results: bench_train.json | Case = {case} | Ratio = {cpu_ratio.median:.2f} -->
     <!-- end -->
 
-A row per entry of the file's results; a column per `Heading = template`, whose fields are dotted
-paths (`{key}` is the name of an entry; a cell whose fields are all missing is empty). Without
-columns there is one for every number. Below the table stands what repeats it. A single number in
-a sentence is `<!-- result: demo.json {digits_ar.psnr.value:.1f} -->17.2<!-- end -->`.
+A row per entry of the file's results, or of one of them (`budgets.json#steps`); a column per
+`Heading = template`, whose fields are dotted paths (`{key}` is the name of an entry; a cell whose
+fields are all missing is empty). Without columns there is one for every number. Below the table
+stands what repeats it. A single number in a sentence is `<!-- result: demo.json
+{digits_ar.psnr.value:.1f} -->17.2<!-- end -->`.
 """
 
 import pathlib
@@ -39,7 +40,7 @@ def render(text: str, results: pathlib.Path) -> str:
   opened, closed = len(re.findall('<!-- results?:', text)), text.count('<!-- end -->')
   if opened != closed:
     raise ValueError(f'{opened} tables are begun and {closed} ended; each needs its <!-- end -->.')
-  text = _TABLE.sub(lambda m: m[1] + _table(_load(results / m[2]), m[3]) + m[5], text)
+  text = _TABLE.sub(lambda m: m[1] + _table(_part(results, m[2]), m[3]) + m[5], text)
   return _NUMBER.sub(
       lambda m: m[1] + _Template().format(m[3], **_load(results / m[2])['results']) + m[5], text)
 
@@ -49,6 +50,15 @@ def _load(path: pathlib.Path) -> Mapping[str, Any]:
     known = ', '.join(sorted(p.name for p in path.parent.glob('*.json'))) or 'none'
     raise ValueError(f'no results at {path.name}; there are {known}.')
   return provenance.load(path)
+
+
+def _part(results: pathlib.Path, name: str) -> Mapping[str, Any]:
+  """A file, `NAME.json`, or `NAME.json#PART` with that part alone as its results."""
+  name, _, part = name.partition('#')
+  document = _load(results / name)
+  if part and part not in document['results']:
+    raise ValueError(f'{name} has no {part}; there are {", ".join(document["results"])}.')
+  return {**document, 'results': document['results'][part]} if part else document
 
 
 def _table(document: Mapping[str, Any], columns: str) -> str:

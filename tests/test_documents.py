@@ -104,7 +104,7 @@ def test_a_wrong_command_is_caught(line):
 def results(tmp_path):
   rows = [{'case': 'a', 'ratio': {'median': 0.501}, 'met': True},
           {'case': 'b', 'ratio': None, 'met': None}]
-  for file, content in {'rows.json': rows, 'runs.json': {
+  for file, content in {'rows.json': rows, 'parts.json': {'rows': rows, 'n': 3}, 'runs.json': {
       'ar': {'bits': {'value': 1.25}, 'n': 3}, 'masked': {'bits': {'value': 2.0}}}}.items():
     (tmp_path / file).write_text(json.dumps({
         'format': 1, 'command': 'smalti bench train', 'commit': 'c' * 40, 'modified': False,
@@ -131,13 +131,21 @@ def test_without_columns_every_number_is_one(results):
   assert '|  | bits | n |\n|---|---|---|\n| ar | 1.25 | 3 |\n| masked | 2 |  |\n' in text
 
 
+def test_a_part_of_the_results(results):
+  whole, part = (
+      documents.render(f'<!-- results: {name} | Case = {{case}} -->\n<!-- end -->', results)
+      for name in ('rows.json', 'parts.json#rows'))
+  assert '| a |\n| b |' in whole and part.split('\n')[1:] == whole.split('\n')[1:]
+
+
 def test_a_number_in_a_sentence(results):
   text = 'at <!-- result: runs.json {ar.bits.value:.2f} -->?<!-- end --> bits'
   assert '-->1.25<!-- end --> bits' in documents.render(text, results)
 
 
 @pytest.mark.parametrize('text', [
-    '<!-- results: rows.json -->\n', '<!-- results: none.json -->\n<!-- end -->'])
+    '<!-- results: rows.json -->\n', '<!-- results: none.json -->\n<!-- end -->',
+    '<!-- results: parts.json#vq -->\n<!-- end -->'])
 def test_what_render_refuses(text, results):
   with pytest.raises(ValueError):
     documents.render(text, results)
