@@ -246,17 +246,24 @@ def summarize(study: Study) -> dict[str, Any]:
 
 def _spreads(found: list[dict[str, Any]]) -> dict[str, Any]:
   """Mean and deviation of every number that all seeds have."""
-  out = {}
+  out: dict[str, Any] = {}
   for name in found[0] if found else ():
     values = [row.get(name) for row in found]
     if name != 'seed' and all(isinstance(v, int | float) for v in values):
-      mean = float(np.mean(values))
-      deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-      out[name] = {'mean': mean, 'deviation': deviation, 'text': _text(mean, deviation)}
+      out[name] = _spread(values)
+    elif name == 'curve':
+      out[name] = [{key: points[0][key] if key == 'step' else _spread([p[key] for p in points])
+                    for key in points[0]} for points in zip(*values)]
   distance = next((name for name in out if name.startswith('rfd_')), None)
   kinds = {row['likelihood'] for row in found if 'likelihood' in row}
   out |= {'likelihood': kinds.pop()} if kinds else {}
   return {**out, **({'rfd': {**out[distance], 'name': distance}} if distance else {})}
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+  mean = float(np.mean(values))
+  deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+  return {'mean': mean, 'deviation': deviation, 'text': _text(mean, deviation)}
 
 
 def _text(mean: float | None, deviation: float | None = None) -> str:

@@ -40,7 +40,9 @@ def scored(monkeypatch):
       raise ValueError('broken')
     provenance.record(self.path(row), 'x', {
         'row': row.partition('/')[0], 'seed': experiment.seed, 'bits': 32.0,
-        'psnr': 1 + 10. * experiment.seed, 'rfd_net_0': 2.0}, definition=definition(experiment))
+        'psnr': 1 + 10. * experiment.seed, 'rfd_net_0': 2.0,
+        'curve': [{'step': 200, 'usage': .1}, {'step': 400, 'usage': .2 + .2 * experiment.seed}],
+    }, definition=definition(experiment))
 
   monkeypatch.setattr(Study, 'run', fake)
   monkeypatch.setattr(study, 'open_judge', lambda *_, **__: None)
@@ -67,6 +69,9 @@ def test_tables_have_means_over_seeds_and_rows_that_were_not_run(tmp_path, confi
   rows = json.loads((tmp_path / 'results.json').read_text())['results']
   assert rows['fsq']['psnr'] == {'mean': 6.0, 'deviation': 50 ** 0.5, 'text': '6.000 ± 7.071'}
   assert rows['fsq']['rfd']['name'] == 'rfd_net_0' and rows['fsq']['seeds'] == 2
+  first, last = rows['fsq']['curve']
+  assert (first['step'], first['usage']['text'], last['step']) == (200, '0.100 ± 0.000', 400)
+  assert last['usage']['mean'] == pytest.approx(.3)
   assert rows['wide'] == {'seeds': 0, 'planned': 1, 'state': 'not run'}
 
 
