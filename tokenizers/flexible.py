@@ -270,6 +270,8 @@ def _check(config: FlexTokConfig) -> None:
     raise ValueError(f'null={config.null} must be at least 0 and below 1.')
   if config.times not in ('logit_normal', 'uniform'):
     raise ValueError(f'times={config.times!r} must be logit_normal or uniform.')
+  if config.location and config.times == 'uniform':
+    raise ValueError(f'location={config.location} is of times=logit_normal; leave it at 0.')
   vae = config.vae
   if vae and (tuple(vae.image_size), vae.channels) != (tuple(config.image_size), config.channels):
     raise ValueError(

@@ -50,7 +50,7 @@ def test_a_penalty_on_the_gradient_of_the_input_has_a_gradient(key):
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-2)
 
 
-def test_bfloat16_adds_in_float32(key):
+def test_a_bfloat16_gradient_is_rounded_once(key):
   x, k = arrays(key, dtype='bfloat16')
 
   def gradient(f, x, k):

@@ -168,7 +168,9 @@ def test_a_vae_gets_no_gradient_and_is_no_parameter():
 @pytest.mark.parametrize('changes, said', [
     (dict(patch=3), 'must divide'), (dict(decoder=lean(1, 34)), 'multiple of 4'),
     (dict(null=1.0), 'below 1'), (dict(reach=0.0), 'must be positive'),
-    (dict(times='cosine'), 'logit_normal or uniform'), (dict(schedule='half'), 'one of uniform'),
+    (dict(times='cosine'), 'logit_normal or uniform'),
+    (dict(times='uniform', location=1.5), 'is of times=logit_normal'),
+    (dict(schedule='half'), 'one of uniform'),
     (dict(vae=VAEConfig(image_size=(8, 8), channels=1)), 'must be those of the vae')])
 def test_what_cannot_be_built_is_refused(changes, said):
   with pytest.raises(ValueError, match=said):
