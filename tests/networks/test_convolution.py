@@ -76,3 +76,12 @@ def test_the_gradient_of_a_kernel_is_no_convolution_on_a_cpu(key):
 def test_what_it_does_not_compute_is_refused(key, wrong):
   with pytest.raises(ValueError, match='takes jax.lax.conv_general_dilated'):
     convolve(*arrays(key), (1, 1), SAME, **{**PLAIN, **wrong})
+
+
+def test_a_batch_on_eight_devices_has_the_gradient_of_the_whole(key):
+  x, k = arrays(key)
+  x = jnp.concatenate([x, 2 * x, -x, x + 1])  # one example per device
+  gradient = jax.jit(jax.grad(lambda k, x: jnp.sum(jnp.sin(ours((1, 1), SAME)(x, k)))))
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  parted = jax.device_put(x, jax.NamedSharding(mesh, jax.P('data')))
+  np.testing.assert_allclose(gradient(k, parted), gradient(k, x), rtol=1e-4, atol=1e-3)
