@@ -5,6 +5,9 @@ ordered registers of 64. The transformers have 4 blocks of 128 channels, about a
 and 2,500 steps, some minutes on two cores. Rows of one model differ in the sampler and share their
 training run. A row names its tokenizer, which is trained first.
 
+The rows `cifar10 ...` have the same transformers on 32 x 32 colour pictures: 8 x 8 positions of 10
+bits, from the tokenizers of `quantizers`.
+
 One of them: smalti train --config=generators:masked --config.tokenizer=RUN --workdir=DIR.
 """
 
@@ -13,7 +16,7 @@ from typing import Any
 
 from smalti.configs import onedpiece, quantizers
 from smalti.data.digits import DigitsConfig
-from smalti.data.downloads import MnistConfig
+from smalti.data.downloads import CifarJpegConfig, MnistConfig
 from smalti.generators.autoregressive import AutoregressiveConfig, AutoregressiveSettings
 from smalti.generators.binary import BinaryConfig, BinarySettings
 from smalti.generators.block import BlockDiffusionConfig
@@ -49,12 +52,16 @@ CODES: dict[str, tuple[QuantizerConfig, LossWeights]] = {
     'lfq': (LFQConfig(bits=6), LossWeights(reconstruction=4.0, entropy=0.02, entropy_boost=3.0)),
     'nested': (FSQConfig(levels=(4, 4, 4)), LossWeights()),
 }
+PICTURES = {'cifar10 vq': 'vq', 'cifar10 bits': 'bernoulli', 'cifar10 rvq': 'residual'}
 SPECS = {'vq': TokenSpec(grid=(7, 7), vocab=(64,)),
          'rvq': TokenSpec(grid=(7, 7), vocab=(8, 8), order='depth'),
          'bits': TokenSpec(grid=(7, 7), vocab=(2,) * 6, factors=(2,)),
          'lfq': TokenSpec(grid=(7, 7), vocab=(64,), factors=(2,) * 6),
          'nested': TokenSpec(grid=(16,), vocab=(64,), factors=(4, 4, 4), order='nested',
-                             budgets=tuple(range(1, 17)))}
+                             budgets=tuple(range(1, 17))),
+         'cifar10 vq': TokenSpec(grid=(8, 8), vocab=(1024,)),
+         'cifar10 bits': TokenSpec(grid=(8, 8), vocab=(2,) * 10, factors=(2,)),
+         'cifar10 rvq': TokenSpec(grid=(8, 8), vocab=(32, 32), order='depth')}
 STEPS = 2500
 HALTON = MaskedSettings(sampler='halton', steps=16)
 # name: the tokens, the generator and, where they are not its own, how it is sampled
@@ -80,18 +87,26 @@ ROWS: dict[str, tuple[str, Any, Any]] = {  # the most important first
     'delay': ('rvq', DelayConfig, None),
     'stacked': ('rvq', StackedConfig, None),
     'nested': ('nested', AutoregressiveConfig, None),
+    'cifar10 autoregressive': ('cifar10 vq', AutoregressiveConfig, None),
+    'cifar10 masked': ('cifar10 vq', MaskedConfig, None),
+    'cifar10 binary': ('cifar10 bits', BinaryConfig, None),
+    'cifar10 depth': ('cifar10 rvq', DepthConfig, None),
+    'cifar10 resgen': ('cifar10 rvq', ResGenConfig, None),
 }
 OWN: dict[str, dict[str, Any]] = {  # what a generator has beside a transformer and classes
     'maskgit': dict(objective='maskgit'), 'any order': dict(anneal=(STEPS, STEPS)),
     'any order random': dict(anneal=(STEPS, STEPS)), 'block': dict(block_size=7),
     'resgen': dict(channels=16, components=256, rank=16),
+    'cifar10 resgen': dict(channels=quantizers.DIM, components=256, rank=16),
 }
 COMPARED = ('autoregressive', 'masked', 'binary', 'depth', 'resgen')  # a second seed
 SIZES: dict[str, Any] = {'debug': None, 'base': None, **dict.fromkeys(ROWS)}
 
 
 def tokenizer(name: str) -> Experiment:
-  """Tokens of MNIST: the net of `quantizers`, or of One-D-Piece for registers."""
+  """Tokens of MNIST: the net of `quantizers`, or of One-D-Piece for registers; or of pictures."""
+  if name in PICTURES:
+    return quantizers.get_config(PICTURES[name])
   quantizer, weights = CODES[name]
   experiment: Any = quantizers.get_config()
   model: Any = onedpiece.get_config('small').model if name == 'nested' else experiment.model
@@ -115,8 +130,8 @@ def get_config(size: str = 'base') -> Experiment:
     model.depth = TransformerConfig(layers=1, width=128, heads=4, axes=0, remat=False)
   return Experiment(
       model=model,
-      data=DigitsConfig() if debug else MnistConfig(),
-      tokenizer=f'runs/generators_{tokens}',
+      data=DigitsConfig() if debug else CifarJpegConfig() if tokens in PICTURES else MnistConfig(),
+      tokenizer=f'runs/generators_{tokens.replace(" ", "_")}',
       settings=settings,
       steps=2 if debug else STEPS,
       batch_size=16 if debug else 64,
@@ -132,10 +147,11 @@ def get_config(size: str = 'base') -> Experiment:
 
 def get_sweep(size: str = 'base') -> dict[str, Experiment]:
   del size  # there is one
-  found = {f'tokens {name}': tokenizer(name) for name in CODES}
+  found: dict[str, Experiment] = {}
   for seed in (0, 1):
     for row, (tokens, _, _) in ROWS.items():
       if not seed or row in COMPARED:
+        found.setdefault(f'tokens {tokens}', tokenizer(tokens))
         experiment = dataclasses.replace(
             get_config(row), tokenizer=f'row:tokens {tokens}', seed=seed)
         found[f'{row}/{seed}' if seed else row] = experiment

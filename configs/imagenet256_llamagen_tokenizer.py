@@ -1,6 +1,6 @@
 """LlamaGen's VQ-16 tokenizer of ImageNet at 256 px (arXiv 2406.06525).
 
-  smalti train --config=imagenet256_llamagen_tokenizer --workdir=DIR --config.data.folder=TFDS_DIR
+  smalti train --config=imagenet256_llamagen_tokenizer --workdir=DIR --config.data.data_dir=TFDS_DIR
 
 VQGAN's networks, 16,384 codes of 8 channels on a sphere; L2 and LPIPS, PatchGAN from step 20,000 at
 a fixed weight. Without the weights of LPIPS: --config.model.perceptual=proxy, or none.
@@ -43,7 +43,8 @@ def get_config(size: str = 'base') -> Experiment:
           multipliers=options['multipliers'], blocks=options['blocks'], attention=(16,),
           quantizer=ProjectedConfig(
               dim=options['dim'],
-              quantizer=VQConfig(codes=options['codes'], dim=8, cosine=True, update='gradient')),
+              quantizer=VQConfig(codes=options['codes'], dim=8, cosine=True, update='gradient',
+                                 init='uniform', revival=0.0)),
           perceptual=options['perceptual'],
           adversary=AdversaryConfig(
               discriminator=options['discriminator'], weight=0.5, start=options['start']),

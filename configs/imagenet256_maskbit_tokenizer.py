@@ -1,6 +1,6 @@
 """MaskBit's tokenizer: 16 x 16 codes of 10 to 18 bits of ImageNet at 256 px (arXiv 2409.16211).
 
-  smalti train --config=imagenet256_maskbit_tokenizer:14 --workdir=DIR --config.data.folder=TFDS_DIR
+  smalti train --config=imagenet256_maskbit_tokenizer:14 --workdir=DIR --config.data.data_dir=TFDS_DIR
 
 `vqgan_plus` is VQGAN+ of the same paper, 4,096 codes in place of the bits. MaskGIT's networks with
 strided convolutions, L2 at weight 4, the paper's own discriminator with LeCAM from step 20,000, and
@@ -37,7 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
                   batch_size=8, steps=2, quantizer=LFQConfig(bits=6)),
     **{str(bits): dict(**FULL, quantizer=LFQConfig(bits=bits)) for bits in (10, 12, 14, 16, 18)},
     'vqgan_plus': dict(**FULL, quantizer=VQConfig(
-        codes=4096, dim=64, update='gradient', init='uniform')),
+        codes=4096, dim=64, update='gradient', init='uniform', revival=0.0)),
 }
 
 

@@ -1,6 +1,6 @@
 """MaskGIT's tokenizer: 16 x 16 codes of ImageNet at 256 px (arXiv 2202.04200).
 
-  smalti train --config=imagenet256_maskgit_tokenizer --workdir=DIR --config.data.folder=TFDS_DIR
+  smalti train --config=imagenet256_maskgit_tokenizer --workdir=DIR --config.data.data_dir=TFDS_DIR
 
 VQGAN without attention, with means for strides and without biases in its blocks; L2, the entropy of
 the codes, and StyleGAN's discriminator with R1. Its perceptual loss is on pooled features of a
@@ -26,7 +26,8 @@ from smalti.tokenizers.entropy import EntropyConfig
 from smalti.tokenizers.image import LossWeights
 from smalti.tokenizers.vq import VQConfig
 
-VQ: dict[str, Any] = dict(update='gradient', init='uniform', entropy=EntropyConfig())
+VQ: dict[str, Any] = dict(
+    update='gradient', init='uniform', revival=0.0, entropy=EntropyConfig())
 SIZES: dict[str, dict[str, Any]] = {
     'debug': dict(image=8, width=8, multipliers=(1, 1), blocks=0, perceptual='none', penalty=10.0,
                   discriminator=PatchDiscriminatorConfig(width=8, layers=1), batch_size=8, steps=2,

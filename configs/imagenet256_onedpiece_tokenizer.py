@@ -1,6 +1,6 @@
 """One-D-Piece: 256 registers of ImageNet at 256 px, any number of which decodes.
 
-  smalti train --config=imagenet256_onedpiece_tokenizer --workdir=DIR --config.data.folder=TFDS_DIR
+  smalti train --config=imagenet256_onedpiece_tokenizer --workdir=DIR --config.data.data_dir=TFDS_DIR
 
 Miwa et al. 2025, arXiv 2501.10064. The published models (4,096 codes of 12 channels) have
 TiTok's two stages; here they are trained on pixels in one, as TA-TiTok is, every example with its
@@ -44,7 +44,7 @@ def get_config(size: str = 's') -> Experiment:
           encoder=encoder, decoder=decoder, registers=options['registers'], drop='uniform',
           smooth=True,
           quantizer=VQConfig(codes=options['codes'], dim=options['dim'], cosine=True,
-                             update='gradient', init='uniform'),
+                             update='gradient', init='uniform', revival=0.0),
           perceptual='none' if debug else 'lpips',
           weights=LossWeights(commitment=0.25),
           adversary=None if debug else AdversaryConfig(

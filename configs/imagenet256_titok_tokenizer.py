@@ -1,6 +1,6 @@
 """TiTok in one stage: 32 to 256 registers of ImageNet at 256 px (arXiv 2406.07550, 2501.07730).
 
-  smalti train --config=imagenet256_titok_tokenizer:b64 --workdir=DIR --config.data.folder=TFDS_DIR
+  smalti train --config=imagenet256_titok_tokenizer:b64 --workdir=DIR --config.data.data_dir=TFDS_DIR
 
 s128, b64 and l32 have the sizes of the paper's table 1, whose two-stage recipe predicts the codes
 of a frozen VQGAN first; bl64, bl128 and sl256 are the published single-stage models. All are
@@ -27,7 +27,8 @@ from smalti.tokenizers.registers import RegisterTokenizerConfig
 from smalti.tokenizers.vq import VQConfig
 
 SMALL, BASE, LARGE = (8, 512, 8), (12, 768, 12), (24, 1024, 16)  # layers, width, heads
-EARLY: dict[str, Any] = dict(codes=4096, dim=12, cosine=True, update='gradient', init='uniform')
+EARLY: dict[str, Any] = dict(
+    codes=4096, dim=12, cosine=True, update='gradient', init='uniform', revival=0.0)
 LATER = dict(codes=8192, dim=64, update='gradient', init='uniform', clustering=ClusteringConfig(),
              revival=0.0)
 SIZES: dict[str, dict[str, Any]] = {

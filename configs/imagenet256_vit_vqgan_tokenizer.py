@@ -1,6 +1,6 @@
 """ViT-VQGAN: 32 x 32 codes of ImageNet at 256 px (arXiv 2110.04627).
 
-  smalti train --config=imagenet256_vit_vqgan_tokenizer --workdir=DIR --config.data.folder=TFDS_DIR
+  smalti train --config=imagenet256_vit_vqgan_tokenizer --workdir=DIR --config.data.data_dir=TFDS_DIR
 
 Sizes and losses are those of thuanz123/enhancing-transformers, whose blocks have tanh where
 others have GELU: L2, 0.1 LPIPS, and 0.1 of a logistic adversary without adaptive weight. It has
@@ -42,7 +42,7 @@ def get_config(size: str = 'base') -> Experiment:
       model=VisionTokenizerConfig(
           image_size=(16, 16) if debug else (256, 256), patch=8, encoder=encoder, decoder=decoder,
           quantizer=VQConfig(codes=options['codes'], dim=options['dim'], cosine=True,
-                             update='gradient', init='normal'),
+                             update='gradient', init='normal', revival=0.0),
           perceptual='none' if debug else 'lpips',
           weights=LossWeights(commitment=0.25, perceptual=0.1),
           adversary=None if debug else AdversaryConfig(

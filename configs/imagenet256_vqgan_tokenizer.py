@@ -1,6 +1,6 @@
 """VQGAN: 16 x 16 codes of ImageNet at 256 px (arXiv 2012.09841, CompVis/taming-transformers).
 
-  smalti train --config=imagenet256_vqgan_tokenizer --workdir=DIR --config.data.folder=TFDS_DIR
+  smalti train --config=imagenet256_vqgan_tokenizer --workdir=DIR --config.data.data_dir=TFDS_DIR
   smalti train --config=imagenet256_vqgan_tokenizer:small --workdir=DIR    32 px, SMALTI_DATA_DIR
 
 configs/imagenet_vqgan.yaml of that repository: L1 and LPIPS, PatchGAN from step 250,001 with the
@@ -54,7 +54,8 @@ def get_config(size: str = 'base') -> Experiment:
           attention=(16,) if size == 'base' else (),
           quantizer=ProjectedConfig(
               dim=options['dim'], quantizer=VQConfig(
-                  codes=options['codes'], dim=options['dim'], update='gradient', init='uniform')),
+                  codes=options['codes'], dim=options['dim'], update='gradient', init='uniform',
+                  revival=0.0)),
           reconstruction='l1', perceptual=options['perceptual'], weights=LossWeights(),
           adversary=AdversaryConfig(
               discriminator=options['discriminator'], weight=0.8, adaptive=True,

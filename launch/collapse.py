@@ -12,7 +12,10 @@ of the vectors unexplained, whatever the codes: 81% at r = 10, less than 1 dB ga
 follow their vectors (moving averages, k-means) are near r = 1; signs of unbounded channels are
 there after the first steps.
 
-Both must last for `PATIENCE` steps: a dip is none. Diversity must not be mending either, the mean
+Bits. One of many that never changes says nothing, and the mean over them hides it: `dead_bits`, the
+share of bits whose mean is below .01 or above .99 (.08 of their 1 bit), above 0 and not mending.
+
+All must last for `PATIENCE` steps: a dip is none. Diversity must not be mending either, the mean
 of its later half no better by `MENDING` than that of the first: a grid or a frozen basis starts
 with few codes and spreads. Norms have no such excuse: codes that start far from the vectors, as
 from U(-1/K, 1/K), are the very case.
@@ -37,6 +40,9 @@ FEW_CODES = (
 LARGE_VECTORS = (
     'vectors outgrew the codes: raise weights.commitment, set cosine=True, or take codes of '
     'bounded vectors (FSQ, BSQ)')
+SAME_BITS = (
+    'bits that never change say nothing: raise weights.entropy or its boost, lower the rate of the '
+    'encoder, or take BSQ')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Alarm:
   Attributes:
     metric: its name in the log, such as 'perplexity_1'.
     value: its mean over the last steps.
-    limit: what it should stay above (perplexity) or below (ratio).
+    limit: what it should stay above (perplexity) or at or below (ratio, dead_bits).
     remedy: what helps.
   """
   metric: str
@@ -68,15 +74,17 @@ class Monitor:
   Args:
     vocab: alphabets of the codes of a position.
     vectors: how many vectors a batch has, N.
+    scales: how many of these each scale has, where every one has the codes of `vocab` and numbers
+      of its own.
   """
 
-  def __init__(self, vocab: Sequence[int], vectors: int):
-    size = lambda k: math.sqrt(min(k, vectors))  # noqa: E731
-    self.limits = {'ratio': NORMS}
+  def __init__(self, vocab: Sequence[int], vectors: int, scales: Sequence[int] = ()):
+    self.limits = {'ratio': NORMS, 'dead_bits': 0.0}
     if len(set(vocab)) == 1:
-      self.limits['perplexity'] = size(vocab[0])
-    for i, k in enumerate(vocab):
-      self.limits |= {f'perplexity_{i}': size(k), f'ratio_{i}': NORMS}
+      self.limits['perplexity'] = math.sqrt(min(vocab[0], vectors))
+    sizes = [(k, n) for n in scales or (vectors,) for k in vocab]
+    for i, (k, n) in enumerate(sizes):
+      self.limits |= {f'perplexity_{i}': math.sqrt(min(k, n)), f'ratio_{i}': NORMS}
     self._seen: dict[str, collections.deque] = {}
     self.raised: dict[str, Alarm] = {}
 
@@ -97,9 +105,11 @@ class Monitor:
     if len(seen) < PATIENCE:
       return None
     limit, values = self.limits[name], np.array(seen)
+    first, last = (half.mean() for half in np.split(values, 2))
     if name.startswith('ratio'):
-      found = values.min() > limit
-      return Alarm(name, float(values.mean()), limit, LARGE_VECTORS) if found else None
-    first, last = np.split(values, 2)
-    found = values.max() < limit and last.mean() < first.mean() * (1 + MENDING)
-    return Alarm(name, float(values.mean()), limit, FEW_CODES) if found else None
+      found, remedy = values.min() > limit, LARGE_VECTORS
+    elif name == 'dead_bits':
+      found, remedy = values.min() > limit and last > first * (1 - MENDING), SAME_BITS
+    else:
+      found, remedy = values.max() < limit and last < first * (1 + MENDING), FEW_CODES
+    return Alarm(name, float(values.mean()), limit, remedy) if found else None

@@ -100,7 +100,7 @@ class Job:
         workdir, wandb=experiment.log.wandb, project=experiment.log.project,
         config=redact(to_json(experiment)), resume_step=self.start)
     self.step: Any = None  # until `compile`
-    self.monitor = _monitor(self.structure.merge(self.state['params'], self.state['buffers']),
+    self.monitor = monitor(self.structure.merge(self.state['params'], self.state['buffers']),
                             experiment.batch_size // experiment.accumulate)
     self._evaluate = jax.jit(functools.partial(steps.eval_step, structure=self.structure))
 
@@ -428,12 +428,13 @@ def _discriminator(experiment: Experiment) -> Any:
   return dataclasses.replace(options, start=adversary.start)
 
 
-def _monitor(model: Any, rows: int) -> Monitor:
+def monitor(model: Any, rows: int) -> Monitor:
   """Of a tokenizer's codes; generators and classifiers have none."""
   quantizer = getattr(model, 'quantizer', None)
   if quantizer is None:
     return Monitor((), 1)
-  return Monitor(quantizer.vocab, rows * model.spec.length)
+  scales = np.diff(model.spec.budgets, prepend=0) if model.spec.order == 'scale' else ()
+  return Monitor(quantizer.vocab, rows * model.spec.length, [rows * int(n) for n in scales])
 
 
 def _check_tokens(source: Any, tokenizer: runs.Loaded | None) -> None:

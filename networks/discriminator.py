@@ -202,12 +202,11 @@ class StyleStage(nnx.Module):
 def deviation(x: Float[Array, 'b h w c'], group: int) -> Float[Array, 'b h w 1']:
   """The mean deviation of all features over the images of a group, the same for each of them.
 
-  Raises:
-    ValueError: a batch that does not divide into groups.
+  A batch that does not divide, as the last one of an evaluation, has smaller groups: of the
+  greatest common divisor.
   """
   b, h, w, c = x.shape
-  if b % group:
-    raise ValueError(f'A batch of {b} does not divide into groups of {group}; change either.')
+  group = math.gcd(b, group)
   y = x.astype(jnp.float32).reshape(b // group, group, h, w, c)
   spread = jnp.mean(jnp.sqrt(jnp.var(y, 1) + 1e-8), (1, 2, 3))
   spread = jnp.repeat(spread, group)[:, None, None, None]

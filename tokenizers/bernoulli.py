@@ -49,6 +49,8 @@ class Bernoulli(Quantizer):
   `key` is one key for the batch, or an array of keys, one per example.
   """
 
+  committed = apart = False
+
   def __init__(self, config: BernoulliConfig, *, rngs: nnx.Rngs):
     if config.bits < 1 or config.dim < 1:
       raise ValueError(f'bits={config.bits} and dim={config.dim} must be positive.')

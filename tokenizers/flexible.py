@@ -49,8 +49,9 @@ class FlexTokConfig(TokenizerConfig):
     encoder, decoder: the blocks; their dtype is this config's. Published are `lean(12)` twice,
       `lean(18)` twice, and `lean(18)` with `lean(28)`.
     quantizer: its vectors are a linear map of the registers, and are mapped back linearly.
-    reach: bound on the root mean square of a vector before the quantizer, over its channels: the
-      rows of the map to it have this length, whatever is learned. Without it FSQ's tanh saturates
+    reach: length of the rows of the map to the quantizer, whatever is learned: the root mean square
+      of a vector over its c channels is about this while rows are orthogonal, and at most sqrt(c)
+      times it. Without it FSQ's tanh saturates
       in the first steps where the rate is high, all registers in one corner. None is the published
       linear map.
     mask: 'causal' or 'full' attention among the encoder's registers.
@@ -122,6 +123,7 @@ class FlexTok(Tokenizer):
     self.reach = config.reach
     self.reduce = Linear(down.width, q.dim, bias=config.reach is None, dtype=config.dtype,
                          std=deviation(down.width, q.dim), result='float32', rngs=rngs)
+    q.fits((config.registers,))
     self.quantizer = q
     self.expand = Linear(q.dim, up.width, bias=True, std=deviation(q.dim, up.width), rngs=rngs)
     self.places = Embedding(config.registers, up.width, rngs=rngs)
@@ -166,8 +168,8 @@ class FlexTok(Tokenizer):
     return length * jnp.matmul(features.astype(jnp.float32), rows, precision=HIGHEST)
 
   def encode(self, x: Array, *, keys: Array | None = None) -> Int[Array, 'b n d']:
-    del keys  # nothing is drawn
-    return self.quantizer(self.latents(x)).tokens
+    keys = keys if self.quantizer.stochastic else None  # else nothing is drawn
+    return self.quantizer(self.latents(x), key=keys).tokens
 
   def lookup(self, tokens: Int[Array, 'b n d']) -> Float[Array, 'b n f']:
     return self.quantizer.lookup(tokens)

@@ -15,7 +15,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from smalti.tokenizers.quantizer import Quantized, Quantizer, QuantizerConfig, combine, sg
+from smalti.tokenizers.quantizer import (
+  Quantized,
+  Quantizer,
+  QuantizerConfig,
+  check_inner,
+  combine,
+  sg,
+)
 from smalti.tokenizers.residual import numbered
 from smalti.tokenizers.statistics import mean
 
@@ -53,10 +60,12 @@ class Grouped(Quantizer):
     q = copies[0]
     if q.grid:
       raise ValueError(f'{type(q).__name__} has a token grid of its own; put the groups inside it.')
+    check_inner(q)
     self.parts = nnx.List(copies)
     self.groups, self.dim = config.groups, q.dim * config.groups
     self.vocab = tuple(v for v in q.vocab for _ in range(config.groups))
     self.factors, self.order = q.factors, q.order
+    self.apart = len(q.vocab) == 1  # else stages go before groups, and channels the other way
     self.budgets = tuple(n * config.groups for n in q.budgets)
 
   def __call__(self, z: Float[Array, 'b n c'], *, key: Array | None = None, train: bool = False,

@@ -55,6 +55,8 @@ class Gumbel(Quantizer):
   `age`, the steps so far, which tau follows.
   """
 
+  committed = False
+
   def __init__(self, config: GumbelConfig, *, rngs: nnx.Rngs):
     if config.codes < 2 or config.dim < 1:
       raise ValueError(f'codes={config.codes} must be 2 or more and dim={config.dim} positive.')

@@ -118,6 +118,7 @@ class ImageTokenizer(Tokenizer):
       rngs: what encoder, decoder and quantizer have drawn from, so that they start as they would
         without an adversary.
     """
+    quantizer.fits(grid)
     self.size, self.channels = tuple(config.image_size), config.channels
     self.reconstruction, self.perceptual = config.reconstruction, config.perceptual
     self.discriminator: Any = config.adversary and Adversary(

@@ -23,6 +23,7 @@ from smalti.tokenizers.quantizer import (
   Quantized,
   Quantizer,
   QuantizerConfig,
+  check_inner,
   combine,
   sg,
   straight_through,
@@ -80,6 +81,7 @@ class MultiScale(Quantizer):
     if q.order != 'raster':
       raise ValueError(f'Scales of order={q.order!r} have two orders of prefixes; use a quantizer '
                        'of raster order.')
+    check_inner(q, detached=True)
     if config.dropout and not selective(q):
       raise ValueError(f'{type(q).__name__} cannot leave examples out, which dropout='
                        f'{config.dropout} needs; set dropout=0.')
@@ -123,7 +125,8 @@ class MultiScale(Quantizer):
           losses[name] = losses.get(name, 0.0) + jnp.mean(jnp.float32(active)) * value
       metrics[f'relative_commitment_{i}'] = jnp.mean(jnp.square(sg(z - total))) / (power + 1e-12)
       if part.statistics is not None:
-        statistics = combine(statistics, {'coder': part.statistics})
+        # the finest scale first: its spare rows, of the most vectors, are those that stay
+        statistics = combine({'coder': part.statistics}, statistics)
     tokens = jnp.concatenate([part.tokens for part in parts], 1)
     places = np.arange(len(parts) * len(self.vocab)).reshape(len(parts), -1)
     metrics = {**numbered([part.metrics for part in parts], places), **metrics,
@@ -159,6 +162,11 @@ class MultiScale(Quantizer):
       seen.append(self._target(i, z - total))
       total = total + self._added(i, self.coder(seen[i]).tokens)
     self.coder.prepare(jnp.concatenate(seen, 1)[1 % turns::turns], key=second)
+
+  def fits(self, grid: tuple[int, ...]) -> None:
+    if tuple(grid) != (self.scales[-1],) * 2:
+      raise ValueError(f'scales={self.scales} need vectors on a square grid of their last side, '
+                       f'and these lie on {" x ".join(map(str, grid))}; end them with its side.')
 
   def _square(self, z: Float[Array, 'b n c']) -> Float[Array, 'b h w c']:
     side = self.scales[-1]

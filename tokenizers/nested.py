@@ -17,11 +17,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from smalti.tokenizers.projected import Projected
 from smalti.tokenizers.quantizer import (
   Quantized,
   Quantizer,
   QuantizerConfig,
+  check_inner,
   straight_through,
 )
 from smalti.tokenizers.statistics import diversity, segment_count
@@ -105,6 +105,7 @@ class Nested(Quantizer):
   """
 
   order = 'depth'
+  committed = False  # `bias` learns from the vectors
 
   def __init__(self, config: NestedConfig, *, rngs: nnx.Rngs):
     if not 0 <= config.dropout <= 1:
@@ -113,9 +114,11 @@ class Nested(Quantizer):
     self.split = len(q.vocab) == 1  # one code becomes its factors
     codes = q.factors if self.split else q.vocab
     name = type(q).__name__
-    if isinstance(q, Projected):
-      raise ValueError('A projection mixes the channels of all codes; put it outside: '
-                       'ProjectedConfig(quantizer=NestedConfig(...)).')
+    check_inner(q)
+    if not q.apart and q.order == 'raster':
+      raise ValueError(f'Codes of {name} have no channels of their own, one code after the other, '
+                       'which a prefix cuts; put a projection outside, and use bits or groups of '
+                       'one code each.')
     if q.budgets or q.order not in ('raster', 'depth'):
       raise ValueError(f'{name} has order={q.order!r} and prefixes {q.budgets} of its own; nest '
                        'codes of raster order, or of depth without dropout.')

@@ -29,6 +29,8 @@ class ProjectedConfig(QuantizerConfig):
 class Projected(Quantizer):
   """vectors = expand(q(reduce(z))); tokens, losses, metrics are those of the quantizer within."""
 
+  committed = apart = False
+
   def __init__(self, config: ProjectedConfig, *, rngs: nnx.Rngs):
     if config.dim < 1:
       raise ValueError(f'dim={config.dim} must be positive.')
@@ -54,6 +56,9 @@ class Projected(Quantizer):
   def soft_assign(self, z: Float[Array, 'b n c'], tau: float = 1.0) -> Float[Array, 'b n v']:
     """`soft_assign` of the quantizer within, where it has one."""
     return self.quantizer.soft_assign(self.reduce(z.astype(jnp.float32)), tau)
+
+  def fits(self, grid: tuple[int, ...]) -> None:
+    self.quantizer.fits(grid)
 
   def prepare(self, z: Float[Array, 'b n c'], *, key: Array) -> None:
     self.quantizer.prepare(self.reduce(z.astype(jnp.float32)), key=key)

@@ -72,6 +72,8 @@ class Quantizer(nnx.Module):
     order, budgets: what a prefix of the codes means, as in `TokenSpec`.
     grid: of the tokens, where it is not that of the vectors (multi-scale: one list of all scales).
     stochastic: evaluation draws too, from `key` or, where that is an array, a key per example.
+    committed: losses of its own train all it has; False where the gradient of its vectors must.
+    apart: of several codes, each has consecutive channels of its own, in the order of the codes.
   """
 
   dim: int
@@ -81,6 +83,8 @@ class Quantizer(nnx.Module):
   budgets: tuple[int, ...] = ()
   grid: tuple[int, ...] | None = None
   stochastic: bool = False
+  committed: bool = True
+  apart: bool = True
 
   def __call__(self, z: Float[Array, 'b n c'], *, key: Array | None = None,
                train: bool = False) -> Quantized:
@@ -99,6 +103,9 @@ class Quantizer(nnx.Module):
   def prepare(self, z: Float[Array, 'b n c'], *, key: Array) -> None:
     """Sets codebooks from the first batch, before step 0; does nothing by default."""
 
+  def fits(self, grid: tuple[int, ...]) -> None:
+    """Raises ValueError where vectors on `grid` make no sense to it; anything does by default."""
+
 
 class Buffer(nnx.Variable):
   """State that no gradient reaches, written by `absorb` and `prepare` alone."""
@@ -107,6 +114,25 @@ class Buffer(nnx.Variable):
 def checked(option: Any) -> Any:
   """A copy of an option's config, or None; its rules hold for what overrides made of it, too."""
   return None if option is None else dataclasses.replace(option)
+
+
+def check_inner(quantizer: Quantizer, *, detached: bool = False) -> None:
+  """Refuses what cannot be a part of another quantizer.
+
+  Args:
+    detached: no gradient of the image reaches the part, as in a level of a sum.
+
+  Raises:
+    ValueError: it says why and what to do.
+  """
+  name = type(quantizer).__name__
+  if quantizer.stochastic:
+    raise ValueError(f'{name} with stochastic=True draws in evaluation, which parts of another '
+                     'quantizer cannot; set stochastic=False.')
+  if detached and any(isinstance(part, Quantizer) and not part.committed
+                      for _, part in nnx.iter_modules(quantizer)):
+    raise ValueError(f'{name} learns from the image alone, whose gradient levels do not get; use a '
+                     'quantizer with losses of its own, and put a projection outside.')
 
 
 def straight_through(z: Array, q: Array) -> Array:

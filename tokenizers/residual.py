@@ -21,11 +21,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from smalti.tokenizers import nested
-from smalti.tokenizers.projected import Projected
 from smalti.tokenizers.quantizer import (
   Quantized,
   Quantizer,
   QuantizerConfig,
+  check_inner,
   combine,
   sg,
   straight_through,
@@ -85,9 +85,7 @@ class Residual(Quantizer):
     if q.order != 'raster':
       raise ValueError(f'Levels of order={q.order!r} cannot be nested in depth; use a quantizer of '
                        'raster order.')
-    if any(isinstance(m, Projected) for _, m in nnx.iter_modules(q)):
-      raise ValueError('A projection inside a level gets no gradient from the image; put it '
-                       'outside: ProjectedConfig(quantizer=ResidualConfig(...)).')
+    check_inner(q, detached=True)
     if any(hasattr(m, 'step') for _, m in nnx.iter_modules(q)) and not hasattr(q, 'step'):
       raise ValueError(f'{type(q).__name__} hides a bounded quantizer from the levels; write '
                        'GroupedConfig(quantizer=ResidualConfig(...)).')

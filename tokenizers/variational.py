@@ -34,8 +34,9 @@ class VAEConfig(ModelConfig):
     width, multipliers, blocks: of the convolutions, see `ConvEncoder`; FlexTok's f8 has 128,
       (1, 2, 4, 4) and 2.
     attention: resolutions (the shorter side, in features) with attention.
-    kl: weight of the divergence from N(0, 1), a sum over the latents of an image (1e-6 in latent
-      diffusion and TA-TiTok).
+    kl: weight of the divergence from N(0, 1), a sum over the latents of an image, beside an error
+      that is a mean (1e-6 as in TA-TiTok; latent diffusion sums the error too: divide its weights
+      by height * width * channels).
     reconstruction: 'l1' (latent diffusion) or 'l2', a mean over pixels and channels.
     dtype: compute dtype of the convolutions; the posterior and the loss are float32.
   """

@@ -39,6 +39,8 @@ from smalti.tokenizers.statistics import (
   spare_rows,
 )
 
+DEAD = 0.03  # of the average use: less counts as dead, revived or not
+
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class VQConfig(QuantizerConfig):
@@ -71,7 +73,7 @@ class VQConfig(QuantizerConfig):
   init: Literal['data', 'kmeans', 'uniform', 'normal'] = 'data'
   iterations: int = 10
   cosine: bool = False
-  revival: float = 0.03
+  revival: float = DEAD
   estimator: Literal['straight', 'rotation'] = 'straight'
   entropy: EntropyConfig | None = None
   clustering: ClusteringConfig | None = None
@@ -91,11 +93,13 @@ class VQ(Quantizer):
   the steps so far, `age`.
 
   On Adam's moments when `absorb` revives a row of a 'gradient' codebook: it replaces the row after
-  the optimizer's update and leaves the moments alone. A row is dead only log(revival) / log(decay)
-  steps after its last use (350 by default); its gradient has been zero since, so its first moment
-  has shrunk by 0.9 ** 350 and cannot carry the new row away. Its second moment is small too: the
-  first gradient after revival moves it (1 - b1) / sqrt(1 - b2) times the rate, 3.2 times for
-  (0.9, 0.999), 0.45 times for (0.9, 0.95). Averaged weights follow at their own decay.
+  the optimizer's update and leaves the moments alone. A row of average use is dead
+  log(revival) / log(decay) steps after its last one (350 by default), and its first moment has
+  shrunk by 0.9 ** 350; one that was used rarely dies a few steps after its last use, and what is
+  left of its moments then moves the new row by up to some ten times the rate (8 in a trial with one
+  use in a hundred steps). The first gradient after revival moves it (1 - b1) / sqrt(1 - b2) times
+  the rate, 3.2 times for (0.9, 0.999), 0.45 times for (0.9, 0.95). Averaged weights follow at their
+  own decay.
   """
 
   def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
@@ -160,7 +164,7 @@ class VQ(Quantizer):
     metrics |= {
         **diversity(count),
         **fit(rows, sg(q).reshape(rows.shape), sg(codes), some),
-        'dead': jnp.sum(self._dead(self.count[...])).astype(jnp.float32),
+        'dead': jnp.sum(self._dead(self.count[...], self.revival or DEAD)).astype(jnp.float32),
     }
     tokens = tokens.reshape(z.shape[:-1])
     if train and self.perturbation:
@@ -192,7 +196,8 @@ class VQ(Quantizer):
     """
     g, seen = self.decay, jnp.sum(statistics.count) > 0
     count = g * self.count[...] + (1 - g) * statistics.count
-    dead, fresh = self._dead(count), jnp.maximum(1.0, 2 * self.revival * jnp.mean(count))
+    dead = self._dead(count, self.revival)
+    fresh = jnp.maximum(1.0, 2 * self.revival * jnp.mean(count))
     codes = self.codebook[...]
     if self.update == 'ema':
       total = g * self.total[...] + (1 - g) * statistics.total
@@ -226,8 +231,8 @@ class VQ(Quantizer):
   def _metric(self, x: Float[Array, '*b c']) -> Float[Array, '*b c']:
     return normalize(x) if self.cosine else x
 
-  def _dead(self, count: Float[Array, 'v']) -> Array:
-    return count < self.revival * jnp.mean(count)
+  def _dead(self, count: Float[Array, 'v'], share: float) -> Array:
+    return count < share * jnp.mean(count)
 
   def _statistics(self, z: Float[Array, 'n c'], tokens: Int[Array, 'n'], key: Array | None,
                   valid: Bool[Array, 'n'] | None) -> Statistics:

@@ -13,6 +13,7 @@ from smalti.data.digits import DigitsConfig
 from smalti.launch import state as states
 from smalti.launch.collapse import NORMS, PATIENCE, Monitor
 from smalti.launch.step import train_step
+from smalti.launch.train import monitor
 from smalti.tokenizers.autoencoder import AutoencoderConfig
 from smalti.tokenizers.binary import LFQConfig
 from smalti.tokenizers.image import LossWeights
@@ -22,9 +23,9 @@ from smalti.tokenizers.simvq import SimVQConfig
 from smalti.tokenizers.vq import VQConfig
 
 
-def alarms(series, vocab=(1024,), vectors=4096, name='perplexity'):
+def alarms(series, vocab=(1024,), vectors=4096, scales=(), name='perplexity'):
   """(step, alarm) of a series of one metric."""
-  monitor = Monitor(vocab, vectors)
+  monitor = Monitor(vocab, vectors, scales)
   return [(i, alarm) for i, value in enumerate(series) for alarm in monitor.see({name: value})]
 
 
@@ -38,6 +39,22 @@ def test_half_the_bits_are_the_limit():
 def test_a_batch_shows_no_more_codes_than_it_has_vectors():
   assert not alarms([20.0] * 100, vocab=(2**18,), vectors=256)
   assert alarms([20.0] * 100, vocab=(2**18,), vectors=1024)
+
+
+def test_a_coarse_scale_shows_no_more_codes_than_it_has_vectors():
+  healthy = [63.0] * 100  # of 64 images, one vector each
+  assert not alarms(healthy, (4096,), 64 * 21, scales=(64, 256, 1024), name='perplexity_0')
+  (_, alarm), = alarms([7.9] * 100, (4096,), 64 * 21, scales=(64, 256, 1024), name='perplexity_0')
+  assert alarm.limit == 8
+  (_, alarm), = alarms([31.0] * 100, (4096,), 64 * 21, scales=(64, 256, 1024), name='perplexity_2')
+  assert alarm.limit == 32
+
+
+def test_one_bit_of_many_that_never_changes_is_told():
+  (_, alarm), = alarms([1 / 64] * 100, vocab=(2,) * 64, name='dead_bits')
+  assert 'entropy' in alarm.remedy and 'above 0' in str(alarm)
+  assert not alarms([1 / 64, 0.0] * 100, vocab=(2,) * 64, name='dead_bits')
+  assert not alarms(0.9 ** np.arange(100), vocab=(2,) * 64, name='dead_bits')  # it mends
 
 
 def test_norms_are_watched_per_level():
@@ -103,7 +120,7 @@ class Run:
     model = self.structure.merge(state['params'], state['buffers'])
     model.prepare({'image': jnp.asarray(self.images[:64])}, key=jax.random.key(seed))
     params, buffers = self.structure.split(model)
-    self.monitor = Monitor(model.quantizer.vocab, 64 * model.spec.length)
+    self.monitor = monitor(model, 64)
     return {**state, 'params': params, 'buffers': buffers}
 
   def go(self, state, steps, seed, frozen=False):

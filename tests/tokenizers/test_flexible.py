@@ -14,6 +14,7 @@ from smalti.generators.generator import example_keys
 from smalti.launch import state as states
 from smalti.networks.flow import lean
 from smalti.tokenizers import tokenizer as jitted
+from smalti.tokenizers.bernoulli import BernoulliConfig
 from smalti.tokenizers.flexible import FlexTokConfig
 from smalti.tokenizers.flow import FlowSettings, draw_noise, mix
 from smalti.tokenizers.scalar import FSQConfig
@@ -61,6 +62,14 @@ def draw(model, tokens, keep=None, settings=SETTINGS, by=None):
   keep = None if keep is None else jnp.array(keep)
   return jitted.decode(model, tokens, keep=keep, keys=keys() if by is None else by,
                        settings=settings)
+
+
+def test_codes_that_are_drawn_are_drawn_by_the_keys_of_their_images():
+  config = dataclasses.replace(CONFIG, quantizer=BernoulliConfig(bits=5, dim=4, stochastic=True))
+  model = jax.jit(lambda: config.build(rngs=nnx.Rngs(0)))()
+  tokens = jitted.encode(model, images(), keys=keys())
+  np.testing.assert_array_equal(jitted.encode(model, images()[1:], keys=keys()[1:]), tokens[1:])
+  assert np.any(np.asarray(jitted.encode(model, images(), keys=keys()[::-1])) != tokens)
 
 
 @pytest.mark.parametrize('latent', [False, True])

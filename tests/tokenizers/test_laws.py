@@ -33,7 +33,7 @@ from smalti.tokenizers.multiscale import MultiScaleConfig
 from smalti.tokenizers.nested import NestedConfig
 from smalti.tokenizers.partitioned import PartitionedConfig
 from smalti.tokenizers.projected import ProjectedConfig
-from smalti.tokenizers.quantizer import Statistics, absorb, combine
+from smalti.tokenizers.quantizer import Quantizer, Statistics, absorb, combine
 from smalti.tokenizers.recurrent import RecurrentConfig
 from smalti.tokenizers.registers import RegisterTokenizerConfig
 from smalti.tokenizers.residual import ResidualConfig
@@ -297,6 +297,14 @@ def test_every_codebook_and_parameter_moves_in_training(name):
   for old, book in zip(before, books):
     assert all(not np.array_equal(a, b) for a, b in zip(old, leaves(book), strict=True))
   assert bool(books) == bool(jax.tree.leaves(statistics))  # the others learn by gradient alone
+
+
+def test_losses_of_its_own_train_all_of_a_committed_quantizer(name):
+  q, z = quantizer(name)
+  gradients = nnx.grad(lambda q: sum(
+      q(z, key=jax.random.key(0), train=True).losses.values(), jnp.zeros(())))(q)
+  committed = all(part.committed for _, part in nnx.iter_modules(q) if isinstance(part, Quantizer))
+  assert committed == all(np.any(np.asarray(g) != 0) for g in jax.tree.leaves(gradients))
 
 
 def test_statistics_are_those_of_the_global_batch(name):

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from smalti.tokenizers.autoencoder import AutoencoderConfig
+from smalti.tokenizers.gumbel import GumbelConfig
 from smalti.tokenizers.multiscale import MultiScaleConfig, area, bicubic, blend_of_scale
+from smalti.tokenizers.projected import ProjectedConfig
+from smalti.tokenizers.registers import RegisterTokenizerConfig
 from smalti.tokenizers.residual import ResidualConfig
 from smalti.tokenizers.vq import VQConfig
 
@@ -146,6 +150,8 @@ def test_preparation_takes_vectors_and_residuals():
     (dict(scales=(2, 1)), 'positive and increase'),
     (dict(blends=0), 'must be 1 or more'),
     (dict(dropout=2.0), 'fraction of the examples'),
+    (dict(quantizer=GumbelConfig(codes=16, dim=3)), 'learns from the image alone'),
+    (dict(quantizer=ProjectedConfig(quantizer=BOOK, dim=4)), 'put a projection outside'),
     (dict(quantizer=ResidualConfig(quantizer=BOOK)), 'two orders')])
 def test_what_cannot_be_scaled_is_refused(fields, message):
   with pytest.raises(ValueError, match=message):
@@ -155,3 +161,20 @@ def test_what_cannot_be_scaled_is_refused(fields, message):
 def test_other_grids_are_refused():
   with pytest.raises(ValueError, match='25 vectors are not the 4 x 4'):
     build()(jnp.zeros((1, 25, 3)))
+  inside = ProjectedConfig(dim=8, quantizer=MultiScaleConfig(quantizer=BOOK, scales=(1, 2, 4)))
+  with pytest.raises(ValueError, match='these lie on 2 x 8'):  # 16 vectors, but no square
+    AutoencoderConfig(image_size=(4, 16), multipliers=(1, 2), width=8, quantizer=inside).build(
+        rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match='these lie on 16;'):
+    RegisterTokenizerConfig(image_size=(8, 8), patch=4, registers=16, quantizer=inside).build(
+        rngs=nnx.Rngs(0))
+
+
+def test_dead_codes_move_to_vectors_of_the_finest_scale():
+  q = build(quantizer=VQConfig(codes=64, dim=3), scales=(1, 4))
+  z = 5 + jax.random.normal(jax.random.key(1), (8, 16, 3))
+  out = jax.jit(lambda z: q(z, key=jax.random.key(2), train=True))(z)
+  counted, spare = out.statistics['coder'].count, out.statistics['coder'].spare
+  assert jnp.sum(counted) == 8 * 17 and spare.shape == (64, 3)
+  apart = jnp.min(jnp.linalg.norm(spare[:, None] - jnp.mean(z, 1), axis=-1), 1)  # of scale 1
+  assert jnp.median(apart) > 0.3

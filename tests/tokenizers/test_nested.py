@@ -9,6 +9,7 @@ from flax import nnx
 from scipy import stats
 
 from smalti.tokenizers.autoencoder import AutoencoderConfig
+from smalti.tokenizers.bernoulli import BernoulliConfig
 from smalti.tokenizers.binary import LFQConfig
 from smalti.tokenizers.grouped import GroupedConfig
 from smalti.tokenizers.multiscale import MultiScaleConfig
@@ -152,7 +153,10 @@ def test_dropped_channels_pass_no_gradient():
 
 @pytest.mark.parametrize('inside,message', [
     (BOOK, 'has no codes to drop'),
-    (ProjectedConfig(quantizer=FSQConfig(levels=(5, 5)), dim=4), 'put it outside'),
+    (ProjectedConfig(quantizer=FSQConfig(levels=(5, 5)), dim=4), 'put a projection outside'),
+    (BernoulliConfig(bits=4, dim=8), 'no channels of their own'),
+    (BernoulliConfig(bits=4, dim=8, stochastic=True), 'set stochastic=False'),
+    (GroupedConfig(quantizer=LFQConfig(bits=4, groups=2)), 'no channels of their own'),
     (ResidualConfig(quantizer=BOOK, dropout=1.0), 'of its own')])
 def test_what_has_no_prefix_to_learn_is_refused(inside, message):
   with pytest.raises(ValueError, match=message):

@@ -11,7 +11,9 @@ import pytest
 from flax import nnx
 from scipy import stats
 
+from smalti.tokenizers.bernoulli import BernoulliConfig
 from smalti.tokenizers.grouped import GroupedConfig
+from smalti.tokenizers.gumbel import GumbelConfig
 from smalti.tokenizers.projected import ProjectedConfig
 from smalti.tokenizers.quantizer import absorb, combine, sg
 from smalti.tokenizers.residual import Residual, ResidualConfig, beam_search
@@ -248,7 +250,9 @@ class WholeConfig(VQConfig):
     (dict(levels=0), 'must be 1 or more'),
     (dict(dropout=1.5), 'fraction of the examples'),
     (dict(levels=4, least=5), r'in 1\.\.4'),
-    (dict(quantizer=ProjectedConfig(quantizer=BOOK, dim=8)), 'put it outside'),
+    (dict(quantizer=ProjectedConfig(quantizer=BOOK, dim=8)), 'put a projection outside'),
+    (dict(quantizer=GroupedConfig(quantizer=GumbelConfig())), 'learns from the image alone'),
+    (dict(quantizer=BernoulliConfig(bits=4)), 'learns from the image alone'),
     (dict(quantizer=GroupedConfig(quantizer=FSQConfig(levels=(5, 5)))), 'hides a bounded'),
     (dict(quantizer=FSQConfig(levels=(5, 2), symmetric=True)), '3 or more levels per channel'),
     (dict(quantizer=ResidualConfig(quantizer=BOOK)), 'cannot be nested'),

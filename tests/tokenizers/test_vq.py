@@ -102,6 +102,13 @@ def test_the_published_no_op_revival_does_not():
   assert used < 32 and error > 10
 
 
+@pytest.mark.parametrize('revival', [0.0, 0.03])
+def test_dead_codes_are_counted_whether_or_not_they_are_revived(revival):
+  q = build(codes=8, dim=2, update='gradient', revival=revival)
+  q.count[...] = jnp.array([100.0, 100, 100, 100, 100, 100, 2, 0.1])
+  assert q(jnp.zeros((1, 4, 2))).metrics['dead'] == 2
+
+
 @pytest.mark.parametrize('update', ['ema', 'gradient'])
 def test_revived_rows_survive_the_next_step(update):
   q = build(codes=4, dim=2, update=update, revival=0.2, decay=0.9)
