@@ -1,6 +1,6 @@
 """SimVQ: 16 x 16 codes of ImageNet at 128 px, of up to 262,144 (arXiv 2411.02038).
 
-  smalti train --config=imagenet128_simvq_tokenizer:65k --workdir=DIR --config.data.data_dir=TFDS_DIR
+  smalti train --config=imagenet128_simvq_tokenizer:65k --workdir=DIR --config.data.data_dir=TFDS
 
 VQGAN's networks and one linear map for all codes; L1, LPIPS, PatchGAN with a hinge against a
 nonsaturating generator from step 0, no LeCAM, a constant rate for 50 epochs: youngsheen/SimVQ.

@@ -1,6 +1,6 @@
 """The binary autoencoder of Binary Latent Diffusion: 16 x 16 positions of 64 or 128 bits.
 
-  smalti train --config=imagenet256_bld_tokenizer --workdir=DIR --config.data.data_dir=TFDS_DIR
+  smalti train --config=imagenet256_bld_tokenizer --workdir=DIR --config.data.data_dir=TFDS
 
 Wang et al. 2023, arXiv 2304.04820; ZeWang95/BinaryLatentDiffusion. c64 and c128 are the released
 ones (there of 600 million images of LAION); c128's decoder has three times the residual blocks

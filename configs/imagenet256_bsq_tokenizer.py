@@ -1,6 +1,6 @@
 """BSQ-ViT: 32 x 32 codes of 18 or 36 bits of ImageNet at 256 px (arXiv 2406.07548).
 
-  smalti train --config=imagenet256_bsq_tokenizer:18 --workdir=DIR --config.data.data_dir=TFDS_DIR
+  smalti train --config=imagenet256_bsq_tokenizer:18 --workdir=DIR --config.data.data_dir=TFDS
 
 Signs on the unit sphere between two vision transformers; configs/tokenizer of
 zhaoyue-zephyrus/bsq-vit: L1 and 0.1 LPIPS, StyleGAN's discriminator with a logistic loss and R1,

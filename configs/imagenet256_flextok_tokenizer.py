@@ -1,8 +1,8 @@
 """FlexTok's tokenizers of ImageNet at 256 px (arXiv 2502.13967; apple/ml-flextok).
 
-  smalti train --config=klvae --workdir=runs/klvae --config.data.data_dir=TFDS_DIR
+  smalti train --config=klvae --workdir=runs/klvae --config.data.data_dir=TFDS
   smalti train --config=imagenet256_flextok_tokenizer:d18_d28 --init_from=vae=runs/klvae \
-    --workdir=DIR --config.data.data_dir=TFDS_DIR
+    --workdir=DIR --config.data.data_dir=TFDS
 
 Encoder and decoder layers give the name, widths are 64 per layer. Published are the architecture
 and 256 registers of 64,000 codes on the 32 x 32 x 16 latents of an f8 VAE; the recipe is not, and

@@ -1,6 +1,6 @@
 """FSQ's tokenizer: 16 x 16 codes of ImageNet at 256 px, 1,000 to 64,000 (arXiv 2309.15505).
 
-  smalti train --config=imagenet256_fsq_tokenizer:1k --workdir=DIR --config.data.data_dir=TFDS_DIR
+  smalti train --config=imagenet256_fsq_tokenizer:1k --workdir=DIR --config.data.data_dir=TFDS
 
 Section 5.1 of the paper: MaskGIT's tokenizer with levels in place of its codebook, and all else as
 it is. 1k is the published one; the others have the levels of Table 1.

@@ -1,6 +1,6 @@
 """IBQ: 16 x 16 codes of ImageNet at 256 px, of up to 262,144, all learned (arXiv 2412.02692).
 
-  smalti train --config=imagenet256_ibq_tokenizer:16k --workdir=DIR --config.data.data_dir=TFDS_DIR
+  smalti train --config=imagenet256_ibq_tokenizer:16k --workdir=DIR --config.data.data_dir=TFDS
 
 VQGAN's networks with four blocks per level; the rest as Open-MAGVIT2 has it, of the same authors:
 PatchGAN with a hinge against a nonsaturating generator from step 0, LeCAM. Two steps of the rate,

@@ -1,6 +1,6 @@
 """Open-MAGVIT2: 16 x 16 codes of 18 bits of ImageNet at 256 px (arXiv 2409.04410).
 
-  smalti train --config=imagenet256_lfq_tokenizer --workdir=DIR --config.data.data_dir=DIR
+  smalti train --config=imagenet256_lfq_tokenizer --workdir=DIR --config.data.data_dir=TFDS
 
 LFQ between MAGVIT-v2's networks for images: four blocks per level, depth-to-space, and a norm that
 sees the latents of the whole image before each level of the decoder. PatchGAN with a hinge against

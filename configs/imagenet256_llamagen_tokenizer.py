@@ -1,6 +1,6 @@
 """LlamaGen's VQ-16 tokenizer of ImageNet at 256 px (arXiv 2406.06525).
 
-  smalti train --config=imagenet256_llamagen_tokenizer --workdir=DIR --config.data.data_dir=TFDS_DIR
+  smalti train --config=imagenet256_llamagen_tokenizer --workdir=DIR --config.data.data_dir=TFDS
 
 VQGAN's networks, 16,384 codes of 8 channels on a sphere; L2 and LPIPS, PatchGAN from step 20,000 at
 a fixed weight. Without the weights of LPIPS: --config.model.perceptual=proxy, or none.

@@ -1,6 +1,6 @@
 """MaskBit's tokenizer: 16 x 16 codes of 10 to 18 bits of ImageNet at 256 px (arXiv 2409.16211).
 
-  smalti train --config=imagenet256_maskbit_tokenizer:14 --workdir=DIR --config.data.data_dir=TFDS_DIR
+  smalti train --config=imagenet256_maskbit_tokenizer:14 --workdir=DIR --config.data.data_dir=TFDS
 
 `vqgan_plus` is VQGAN+ of the same paper, 4,096 codes in place of the bits. MaskGIT's networks with
 strided convolutions, L2 at weight 4, the paper's own discriminator with LeCAM from step 20,000, and

@@ -1,6 +1,6 @@
 """MaskGIT's tokenizer: 16 x 16 codes of ImageNet at 256 px (arXiv 2202.04200).
 
-  smalti train --config=imagenet256_maskgit_tokenizer --workdir=DIR --config.data.data_dir=TFDS_DIR
+  smalti train --config=imagenet256_maskgit_tokenizer --workdir=DIR --config.data.data_dir=TFDS
 
 VQGAN without attention, with means for strides and without biases in its blocks; L2, the entropy of
 the codes, and StyleGAN's discriminator with R1. Its perceptual loss is on pooled features of a

@@ -1,6 +1,6 @@
 """One-D-Piece: 256 registers of ImageNet at 256 px, any number of which decodes.
 
-  smalti train --config=imagenet256_onedpiece_tokenizer --workdir=DIR --config.data.data_dir=TFDS_DIR
+  smalti train --config=imagenet256_onedpiece_tokenizer --workdir=DIR --config.data.data_dir=TFDS
 
 Miwa et al. 2025, arXiv 2501.10064. The published models (4,096 codes of 12 channels) have
 TiTok's two stages; here they are trained on pixels in one, as TA-TiTok is, every example with its

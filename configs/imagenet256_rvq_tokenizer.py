@@ -1,6 +1,6 @@
 """RQ-VAE: 8 x 8 positions of four codes each, of ImageNet at 256 px (arXiv 2203.01941).
 
-  smalti train --config=imagenet256_rvq_tokenizer --workdir=DIR --config.data.data_dir=TFDS_DIR
+  smalti train --config=imagenet256_rvq_tokenizer --workdir=DIR --config.data.data_dir=TFDS
 
 One codebook of 16,384 codes for all depths; a prefix is the first depths. The published net is
 VQGAN's with one more halving.

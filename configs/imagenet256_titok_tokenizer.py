@@ -1,6 +1,6 @@
 """TiTok in one stage: 32 to 256 registers of ImageNet at 256 px (arXiv 2406.07550, 2501.07730).
 
-  smalti train --config=imagenet256_titok_tokenizer:b64 --workdir=DIR --config.data.data_dir=TFDS_DIR
+  smalti train --config=imagenet256_titok_tokenizer:b64 --workdir=DIR --config.data.data_dir=TFDS
 
 s128, b64 and l32 have the sizes of the paper's table 1, whose two-stage recipe predicts the codes
 of a frozen VQGAN first; bl64, bl128 and sl256 are the published single-stage models. All are

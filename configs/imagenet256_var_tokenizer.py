@@ -1,6 +1,6 @@
 """VAR's multi-scale tokenizer: 680 tokens in ten scales, of ImageNet at 256 px (arXiv 2404.02905).
 
-  smalti train --config=imagenet256_var_tokenizer --workdir=DIR --config.data.data_dir=TFDS_DIR
+  smalti train --config=imagenet256_var_tokenizer --workdir=DIR --config.data.data_dir=TFDS
 
 A prefix is the first scales. The published tokenizer was trained on OpenImages; weights of its loss
 were not published, and are those of VQGAN here.

@@ -1,6 +1,6 @@
 """ViT-VQGAN: 32 x 32 codes of ImageNet at 256 px (arXiv 2110.04627).
 
-  smalti train --config=imagenet256_vit_vqgan_tokenizer --workdir=DIR --config.data.data_dir=TFDS_DIR
+  smalti train --config=imagenet256_vit_vqgan_tokenizer --workdir=DIR --config.data.data_dir=TFDS
 
 Sizes and losses are those of thuanz123/enhancing-transformers, whose blocks have tanh where
 others have GELU: L2, 0.1 LPIPS, and 0.1 of a logistic adversary without adaptive weight. It has

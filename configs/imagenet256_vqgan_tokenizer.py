@@ -1,6 +1,6 @@
 """VQGAN: 16 x 16 codes of ImageNet at 256 px (arXiv 2012.09841, CompVis/taming-transformers).
 
-  smalti train --config=imagenet256_vqgan_tokenizer --workdir=DIR --config.data.data_dir=TFDS_DIR
+  smalti train --config=imagenet256_vqgan_tokenizer --workdir=DIR --config.data.data_dir=TFDS
   smalti train --config=imagenet256_vqgan_tokenizer:small --workdir=DIR    32 px, SMALTI_DATA_DIR
 
 configs/imagenet_vqgan.yaml of that repository: L1 and LPIPS, PatchGAN from step 250,001 with the
