@@ -1,8 +1,11 @@
 """LlamaGen: class-conditional autoregression over VQ-16 tokens (arXiv 2406.06525, table 1).
 
   smalti train --config=imagenet256_llamagen:B --config.tokenizer=RUN --workdir=DIR
+
+Published tokens are of ten crops of every image and their mirror images; here they are mirrored.
 """
 
+from smalti.data.augment import AugmentConfig
 from smalti.data.catalogue import TFDSConfig
 from smalti.generators.autoregressive import AutoregressiveConfig, AutoregressiveSettings
 from smalti.launch.experiment import (
@@ -39,12 +42,13 @@ def get_config(size: str = 'B') -> Experiment:
   parameters, tolerance = options['published'] or (None, 0.0)
   return Experiment(
       model=AutoregressiveConfig(
-          classes=1000, label_dropout=0.1,
+          classes=1000, label_dropout=0.1, dropout=0.1,
           transformer=TransformerConfig(
               layers=options['layers'], width=options['width'], heads=options['heads'],
               hidden=options['hidden'], axes=2, qk_norm=False, dropout=0.1,
               dtype='float32' if debug else 'bfloat16')),
-      data=TFDSConfig(name='imagenet2012', size=32 if debug else 256),
+      data=TFDSConfig(name='imagenet2012', size=32 if debug else 256,
+                      augment=AugmentConfig(flip=True)),
       tokenizer='runs/imagenet256_llamagen_tokenizer',
       settings=AutoregressiveSettings(guidance=options['guidance']),
       steps=2 if debug else 1_500_000,

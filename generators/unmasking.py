@@ -165,8 +165,9 @@ def reveal(settings: UnmaskingSettings, now: dict[str, Array], keys: Array,
     keys, left: of the step, and what `fated` says; without it the surest draws are kept.
   """
   warm, loud = settings.temperature * now.get('heat', 1.0), settings.noise == 'both'
-  shaped = settings.process(
-      scores, temperature=warm * now['noise'] if loud and 'noise' in now else warm)
+  shape = lambda scores, heat: settings.process(scores, temperature=heat)  # noqa: E731
+  heat = warm * now['noise'] if loud and 'noise' in now else warm
+  shaped = (jax.vmap(shape) if jnp.ndim(heat) else shape)(scores, heat)  # rows may have their own
   # known and revealed tokens are never touched
   tokens = jnp.where(masked, processing.draw(shaped, fold(keys, TOKEN)), tokens)
   if left is not None:

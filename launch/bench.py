@@ -33,7 +33,7 @@ def generators(bench: Bench) -> Iterator[Row]:
 
 
 def train(bench: Bench) -> Iterator[Row]:
-  """The loop around the step, and compile time by depth (P12)."""
+  """The loop around the step, and compile time by depth."""
   for config in ('digits_vq', 'digits_fsq'):
     yield Row(f'training loop, {config}', 'its compiled step alone', _loop(bench, config), 1.05)
   yield Row('compile 24 scanned layers', 'compile 2 scanned layers',
@@ -127,7 +127,7 @@ class _Compile:
 
 
 def data(bench: Bench) -> Iterator[Row]:
-  """The pipeline over arrays in memory: performance goal P13."""
+  """The pipeline over arrays in memory."""
   import numpy as np
 
   from smalti.data import pipeline
@@ -148,7 +148,7 @@ def data(bench: Bench) -> Iterator[Row]:
 
 
 def checkpoint(bench: Bench) -> Iterator[Row]:
-  """Save and restore of 256 MiB: performance goal P14."""
+  """Save and restore of 256 MiB."""
   import jax
   import numpy as np
 

@@ -33,7 +33,7 @@ LEVELS = {10: (8, 5, 5, 5), 12: (7, 5, 5, 5, 5), 14: (8, 8, 8, 6, 5), 16: (8, 8,
 
 
 def quantizers(bench: Bench) -> Iterator[Row]:
-  """Performance goals P1, P2, P3 and P9, and how time and memory grow with the codebook."""
+  """Search, training steps, convolutions, and how time and memory grow with the codebook."""
   yield from _searches(bench)
   yield from _steps(bench)
   yield _autoencoder(bench)
@@ -41,7 +41,7 @@ def quantizers(bench: Bench) -> Iterator[Row]:
 
 
 def _searches(bench: Bench) -> Iterator[Row]:
-  """Nearest code: performance goal P2."""
+  """Nearest code."""
   rows = 4096
   for (codes, dim), goal in {(1024, 256): 0.70, (8192, 32): 0.30, (65536, 8): 0.25}.items():
     random = np.random.default_rng(0)

@@ -182,12 +182,15 @@ def read_tokens(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
     rows = source.read(np.arange(len(source)))
     return np.asarray(rows['tokens']), rows.get('label')
   try:
-    with np.load(path) as file:
-      if 'tokens' not in file:
-        raise ValueError(f'{path} has no tokens; it holds {", ".join(file)}.')
-      return file['tokens'], file['arr_1'] if 'arr_1' in file else None
-  except (zipfile.BadZipFile, EOFError) as error:
-    raise ValueError(f'{path} is no .npz: {error}.') from error
+    found = np.load(path)
+  except (zipfile.BadZipFile, EOFError, ValueError) as error:
+    raise ValueError(f'{path} is no .npz.') from error
+  if not isinstance(found, np.lib.npyio.NpzFile):
+    raise ValueError(f'{path} is one array; give an .npz with `tokens`.')
+  with found as file:
+    if 'tokens' not in file:
+      raise ValueError(f'{path} has no tokens; it holds {", ".join(file)}.')
+    return file['tokens'], file['arr_1'] if 'arr_1' in file else None
 
 
 def define(values: Any) -> None:

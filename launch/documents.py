@@ -87,9 +87,10 @@ def _numbers(rows: list[dict]) -> list[tuple[str, str]]:
 
 def _source(document: Mapping[str, Any]) -> str:
   commit = (document['commit'] or 'unknown')[:10] + (' and changes' if document['modified'] else '')
-  versions, machine = document['versions'], document['machine']
+  versions, cores = document['versions'], document['machine']['cores']
   return (f'<sub>`{document["command"]}`, commit {commit}, {document["date"][:10]}, '
-          f'{machine["cores"]} cores, jax {versions["jax"]}, {document["seconds"]:.0f} s</sub>')
+          f'{cores} core{"s" * (cores != 1)}, jax {versions["jax"]}, '
+          f'{document["seconds"]:.0f} s</sub>')
 
 
 class _Template(string.Formatter):

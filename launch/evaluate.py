@@ -105,15 +105,17 @@ def bits_per_token(loaded: runs.Loaded, tokens: np.ndarray, given: dict[str, np.
 
 
 def evaluate_generator(loaded: runs.Loaded, tokenizer: runs.Loaded, scores: Scores,
-                       train: Split, held_out: Split, samples: Samples, *, seed: int) -> None:
+                       train: Split, held_out: Split, samples: Samples, *, seed: int,
+                       keep: int | None = None) -> None:
   """Likelihood on real tokens, where the model has one, and copies.
 
-  A model of densities (ResGen) has none; what it has is among its held-out metrics.
+  Of samples that are prefixes of `keep` positions, as many are compared. A model of densities
+  (ResGen) has no likelihood; what it has is among its held-out metrics.
   """
   real = tokenize(tokenizer, train.images), tokenize(tokenizer, held_out.images)
   if hasattr(loaded.model, 'log_prob') or hasattr(loaded.model, 'elbo'):
     _add_likelihood(loaded, scores, real, (train, held_out), seed=seed)
-  copied = memorization.copies(samples.tokens, *real)
+  copied = memorization.copies(*(tokens[:, :keep] for tokens in (samples.tokens, *real)))
   scores.add('copies', copied.share, unit='share', higher=False, samples=copied.samples,
              distinct=copied.distinct, held_out=copied.held_out_share,
              reference=train.fingerprint, reference_samples=len(train.images))
@@ -219,7 +221,8 @@ def generator_scores(loaded: runs.Loaded, codec: runs.Loaded, scores: Scores, ju
   train, held_out = (Split.read(data, split) for split in ('train', 'eval'))
   samples, accumulation = sample(loaded, codec, judge, n=n, seed=seed, settings=settings,
                                  batch_size=batch_size)
-  evaluate_generator(loaded, codec, scores, train, held_out, samples, seed=seed)
+  evaluate_generator(loaded, codec, scores, train, held_out, samples, seed=seed,
+                     keep=getattr(settings, 'keep', None))
   scores.add_judged(judge, accumulation.finish(), accumulation)
   evaluate_samples(scores, judge, samples.images, _first(samples.labels, samples.images), train,
                    held_out)

@@ -8,6 +8,7 @@ completions, beside those of the true tokens and of tokens from another example;
 not told the class unless --conditional is given.
 """
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -131,6 +132,15 @@ def agreements(data: Any, folder: pathlib.Path, labels: np.ndarray,
           for name, x in sets.items()}
 
 
+def _whole(settings: Any, conditional: bool) -> Any:
+  """Settings that draw all that is hidden, and are guided only where there is a condition."""
+  if getattr(settings, 'keep', None) is not None:
+    settings = dataclasses.replace(settings, keep=None)
+  if not conditional and getattr(settings, 'guidance', None) is not None:
+    settings = dataclasses.replace(settings, guidance=None)
+  return settings
+
+
 def define(values: Any) -> None:
   from absl import flags
   flags.DEFINE_string('workdir', None, 'The run folder of a generator.', flag_values=values)
@@ -156,7 +166,7 @@ def main(values: Any) -> int:
     raise ValueError(f'{values.workdir} is a {runs.kind(generator.model)}; infill with a '
                      'generator.')
   tokenizer = runs.load_tokenizer(generator, values.tokenizer)
-  settings = sampling.resolve_settings(generator, values.settings)
+  settings = _whole(sampling.resolve_settings(generator, values.settings), values.conditional)
   data = runs.pixels(generator.experiment.data, tokenizer)
   source = data.open('eval')
   rows = spread(len(source), values.n)

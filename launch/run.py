@@ -313,7 +313,8 @@ def load_tokenizer(loaded: Loaded | Outline, override: str | None = None) -> Loa
   Raises:
     ValueError: its fingerprint is not the one the generator was trained on.
   """
-  reference = override or loaded.experiment.tokenizer
+  named = None if loaded.experiment is None else loaded.experiment.tokenizer
+  reference = override or named
   if reference is None:
     raise ValueError(f'{loaded.path} names no tokenizer; name one with --tokenizer=RUN. Of text, '
                      'which has none, draw in Python: see docs/block.md.')

@@ -67,17 +67,26 @@ class Study:
   def finished(self, row: str) -> bool:
     """Whether the file of a row is there, and of the experiment that is asked for."""
     path = self.path(row)
-    return path.exists() and provenance.load(path).get('definition') == definition(self.rows[row])
+    return path.exists() and provenance.load(path).get('definition') == self.definition(row)
+
+  def definition(self, row: str, settings: bool = True) -> str:
+    """`definition` of a row, and of the row of its tokenizer: other tokens are another row."""
+    experiment = self.rows[row]
+    own = definition(experiment if settings else dataclasses.replace(experiment, settings=None))
+    name = experiment.tokenizer or ''
+    if not name.startswith(ROW):
+      return own
+    if name.removeprefix(ROW) not in self.rows:
+      raise ValueError(f'{row} names the tokenizer {name}, which is not among the rows.')
+    return seal([own, self.definition(name.removeprefix(ROW))])[:12]
 
   def trained(self, row: str) -> pathlib.Path:
     """The run of a row, trained to its end."""
     experiment = dataclasses.replace(self.rows[row], settings=None)
-    mark = definition(experiment)
+    mark = self.definition(row, settings=False)
     folder = self.out / 'runs' / f'{type(experiment.model).__name__}-{mark}'
     name = experiment.tokenizer or ''
     if name.startswith(ROW):
-      if name.removeprefix(ROW) not in self.rows:
-        raise ValueError(f'{row} names the tokenizer {name}, which is not among the rows.')
       path = self.trained(name.removeprefix(ROW))
       experiment = dataclasses.replace(experiment, tokenizer=str(path))
     with cells.Folder(self.out, mark).lock():  # of the run, which several rows may share
@@ -105,7 +114,7 @@ class Study:
       results['curve'] = curve(folder, experiment)
     provenance.record(
         self.path(row), f'smalti sweep --config={self.name} --rows={row}', results,
-        seconds=time.perf_counter() - wall, definition=definition(experiment),
+        seconds=time.perf_counter() - wall, definition=self.definition(row),
         experiment=to_json(experiment), fingerprint=loaded.fingerprint, images=IMAGES)
     say(f'{row}: ' + '  '.join(f'{k} {v:.4g}' for k, v in results.items()
                                if isinstance(v, int | float) and '_depth' not in k))
@@ -302,7 +311,7 @@ def main(values: Any) -> int:
   if values.dry_run:
     for row, experiment in rows.items():
       state = 'finished' if study.finished(row) else 'to do'
-      say(f'{row}  {definition(experiment)}  {experiment.steps} steps  {state}')
+      say(f'{row}  {study.definition(row)}  {experiment.steps} steps  {state}')
     return 0
   failed = execute(study, chosen, worker=values.worker, workers=values.num_workers)
   first = next((row for row in rows if study.finished(row)), None)

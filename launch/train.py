@@ -171,6 +171,9 @@ class Job:
   def _put(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """The rows on their devices. A label past the last row of a table would become the last."""
     classes = getattr(self.experiment.model, 'classes', 0)
+    if classes and 'label' not in rows and isinstance(self.experiment.model, GeneratorConfig):
+      raise ValueError(f'The data has no labels, and classes={classes}; set '
+                       '--config.model.classes=0.')
     if classes and 'label' in rows and np.any(rows['label'] >= classes):
       raise ValueError(f'The data has label {rows["label"].max()}, and classes={classes}: labels '
                        'are 0..classes - 1; set --config.model.classes.')

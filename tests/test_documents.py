@@ -1,5 +1,6 @@
 """Tables are what their files say, and what the pages tell a reader to type exists."""
 
+import ast
 import importlib
 import json
 import re
@@ -44,7 +45,17 @@ def commands(page):
         yield words
 
 
-COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+def docstring_commands(path):
+  """Indented commands of a config's docstring; what stands in brackets, or apart, is prose."""
+  text = ast.get_docstring(ast.parse(path.read_text())) or ''
+  for line in re.findall(r'^ +(smalti (?:.|\n +--)*)$', text, re.MULTILINE):
+    line = re.sub(r'\[.*?\]', '', re.sub(r'\n +--', ' --', line))
+    yield re.split(r' {2,}', line)[0].split()
+
+
+COMMANDS = [(page, words) for page in PAGES for words in commands(page)] + [
+    (path, words) for path in sorted((ROOT / 'configs').glob('*.py'))
+    for words in docstring_commands(path)]
 
 
 def check(words):
@@ -62,6 +73,7 @@ def check(words):
     importlib.import_module(f'smalti.launch.{verb}').define(values)
     for option in options:
       check_option(option, values)
+    check_config(options)
   elif program == 'make':
     targets = re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE)
     assert set(w for w in rest if '=' not in w) <= {*targets}, f'no target among {rest}'
@@ -74,11 +86,18 @@ def check_option(option, values):
     return
   flag, path, text = found.groups()
   assert flag in values or flag.startswith('no') and flag[2:] in values, f'no option --{flag}'
-  if flag == 'config' and path is None and not text.endswith(('.py', '.json')):
-    cli.load_config(text)  # raises for an unknown name or size
-  if flag == 'config' and path is not None:
-    from smalti.launch.experiment import Experiment
-    assert path.split('.')[1] in Experiment.__dataclass_fields__, f'no field {path}'
+
+
+def check_config(options):
+  """Raises for an unknown config, size or field; a pattern of a page (DIR, ...) stands for a text.
+  """
+  found = [re.fullmatch(r'--config(?:\.([\w.\[\]]+))?=(.*)', option) for option in options]
+  names = [m[2] for m in found if m and m[1] is None and not m[2].endswith(('.py', '.json'))]
+  fields = [(m[1], m[2]) for m in found if m and m[1] is not None]
+  if not names and fields:
+    names = ['digits_vq']  # of a run that is there already
+  for name in names:
+    cli.load_config(name, fields)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +110,7 @@ def test_commands_exist(page, words):
     'smalti trane --workdir=x', 'smalti train --wrkdir=x', 'make tests',
     'smalti train --config=digits_vq:huge', 'smalti train --config.nothing=1 --workdir=x',
     'python -m smalti.launch.nothing',
+    'smalti train --config=imagenet256_vqgan_tokenizer --config.data.folder=TFDS --workdir=DIR',
 ])
 def test_a_wrong_command_is_caught(line):
   with pytest.raises((AssertionError, ValueError)):

@@ -122,6 +122,14 @@ def test_noise_on_both_heats_the_draw_and_compares_logits(anneal):
   assert fits(tokens, law) and not fits(tokens, other)
 
 
+def test_noise_on_both_is_of_every_row_by_its_own_steps():
+  """GenMol's noise falls with a row's own steps; one row is drawn as it is among others."""
+  draws = [sample(P, n, sampler='confidence', noise='both', choice_temperature=1.5)[0]
+           for n in (1, 2, 5)]
+  for few in draws[:2]:
+    np.testing.assert_array_equal(few, draws[2][:len(few)])
+
+
 def test_annealing_multiplies_the_temperature():
   """0.5 + 0.8 (1 - r): 0.9 and 0.5 in two steps."""
   assert np.array_equal(sample(P, 500, steps=1, anneal=True)[0],

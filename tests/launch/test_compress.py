@@ -133,3 +133,18 @@ def test_commands_write_what_sample_writes(tmp_path, monkeypatch, capsys):
   (tmp_path / 'file.smtc').write_bytes((tmp_path / 'file.smtc').read_bytes()[:-1])
   assert cli.main(['decompress', '--workdir=w', f'--file={paths[1]}', f'--out={paths[2]}']) == 2
   assert 'damaged or not whole' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('bytes.npz', b'not an archive', 'is no .npz'), ('empty.npz', b'', 'is no .npz'),
+    ('array.npy', None, 'is one array'), ('others.npz', None, 'has no tokens; it holds x')])
+def test_files_without_tokens_are_refused(tmp_path, name, content, message):
+  path = tmp_path / name
+  if content is not None:
+    path.write_bytes(content)
+  elif path.suffix == '.npy':
+    np.save(path, np.zeros(3))
+  else:
+    np.savez(path, x=np.zeros(3))
+  with pytest.raises(ValueError, match=message):
+    codec.read_tokens(path)

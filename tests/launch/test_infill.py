@@ -1,11 +1,13 @@
 """Infilling of a run's held-out examples: regions, known tokens, what is written."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from smalti.generators.autoregressive import AutoregressiveSettings
 from smalti.launch import cli, history, infill
 from smalti.launch.train import train
 from smalti.tokenizers.spec import TokenSpec
@@ -92,6 +94,12 @@ def test_a_run_completes_its_held_out_examples(generator, capfd):
   assert arrays['known_mask'].sum() == 20 * 8
   assert Image.open(path).size[0] > 5 * 64  # example, known, decoded and two draws
   assert history.read('run', generator).pictures['infills'] == [path]
+
+
+def test_all_that_is_hidden_is_drawn_and_guided_only_by_a_condition():
+  asked = AutoregressiveSettings(keep=2, guidance=3.0, temperature=0.5)
+  assert infill._whole(asked, True) == dataclasses.replace(asked, keep=None)
+  assert infill._whole(asked, False) == AutoregressiveSettings(temperature=0.5)
 
 
 def test_known_tokens_that_change_are_an_error_of_ours(generator, monkeypatch):

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import types
 
+import numpy as np
 import pytest
 
 from smalti.launch import cli
-from smalti.launch.train import train
+from smalti.launch.train import Job, train
 
 DEBUG = ['--config.mesh.data=1']
 
@@ -99,3 +101,11 @@ def test_a_run_that_is_not_there(capfd, tmp_path):
   assert 'nowhere' in refused(capfd, 'sample', f'--workdir={tmp_path}/nowhere')
   (tmp_path / 'empty').mkdir()
   assert 'config.json' in refused(capfd, 'reconstruct', f'--workdir={tmp_path}/empty')
+
+
+@pytest.mark.parametrize('rows, word', [
+    ({'tokens': np.zeros((2, 16, 1))}, 'no labels'), ({'label': np.array([3, 10])}, 'label 10')])
+def test_classes_that_the_data_do_not_have(rows, word):
+  experiment = cli.load_config('digits_ar:debug')
+  with pytest.raises(ValueError, match=word):
+    Job._put(types.SimpleNamespace(experiment=experiment), rows)

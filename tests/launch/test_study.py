@@ -42,7 +42,7 @@ def scored(monkeypatch):
         'row': row.partition('/')[0], 'seed': experiment.seed, 'bits': 32.0,
         'psnr': 1 + 10. * experiment.seed, 'rfd_net_0': 2.0,
         'curve': [{'step': 200, 'usage': .1}, {'step': 400, 'usage': .2 + .2 * experiment.seed}],
-    }, definition=definition(experiment))
+    }, definition=self.definition(row))
 
   monkeypatch.setattr(Study, 'run', fake)
   monkeypatch.setattr(study, 'open_judge', lambda *_, **__: None)
@@ -61,6 +61,19 @@ def test_a_row_is_run_once_and_again_when_it_means_something_else(tmp_path, conf
   longer = dataclasses.replace(first.rows['wide'], steps=3)
   execute(plan(tmp_path, wide=longer), ['wide'])
   assert scored[3:] == ['wide']
+
+
+def test_other_tokens_are_another_row_of_the_generator(tmp_path, config):
+  from smalti.configs import generators
+  rows = generators.get_sweep()
+  study = Study('x', rows, tmp_path, tmp_path)
+  longer = dataclasses.replace(rows['tokens vq'], steps=7)
+  other = Study('x', {**rows, 'tokens vq': longer}, tmp_path, tmp_path)
+  changed = {row for row in rows if study.definition(row) != other.definition(row)}
+  assert changed == {'tokens vq', *(row for row in rows if rows[row].tokenizer == 'row:tokens vq')}
+  assert len(changed) > 5
+  assert study.definition('masked halton', settings=False) == study.definition(
+      'masked', settings=False) != study.definition('masked halton')
 
 
 def test_tables_have_means_over_seeds_and_rows_that_were_not_run(tmp_path, config, scored):

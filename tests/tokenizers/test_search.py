@@ -102,7 +102,7 @@ def test_scores_are_never_all_in_memory(key):
     return jax.jit(nearest).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
   small, large = temporary(2**13, 2**13), temporary(2**16, 2**13)
-  assert large < 2 * 4 * (2**16 + 2**13) * 8 + 3 * 4 * search.SCORES  # performance.md, P15
+  assert large < 2 * 4 * (2**16 + 2**13) * 8 + 3 * 4 * search.SCORES  # not N x K
   assert large - small < 4 * (2**16 - 2**13) * 8 * 2 + 2**16
 
 
