@@ -57,8 +57,9 @@ class Nearest:
   held_out_zero: int
 
 
-def copies(samples: Tokens, train: Tokens, held_out: Tokens) -> Copies:
-  """Exact copies of training token arrays among samples and among held-out data."""
+def copies(samples: Tokens, train: Tokens, held_out: Tokens, keep: int | None = None) -> Copies:
+  """Exact copies of training token arrays, or their first `keep` positions, among the others."""
+  samples, train, held_out = (tokens[:, :keep] for tokens in (samples, train, held_out))
   _check(samples, train, held_out)
   known = set(_bytes(train))
   drawn, asked = _bytes(samples), _bytes(held_out)

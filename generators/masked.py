@@ -233,11 +233,10 @@ class Masked(Generator):
            ) -> tuple[Array, dict[str, Any]]:
     """Mean nats per valid token of the bound, or of MaskGIT's cross-entropy per hidden token.
 
-    `metrics`: `nll`, the bound in nats per valid token (unbiased for both objectives, but averaged
-    over micro-batches by MaskGIT's hidden tokens, with which it is correlated: with accumulate > 1
-    that training metric is a few per cent too low), `bits_per_token`, and `accuracy` on hidden
-    tokens. Held-out batches always return the bound, by
-    the estimator of least variance, without label dropout or smoothing.
+    `metrics`: `nll`, the bound in nats per valid token (unbiased; too low for MaskGIT's objective
+    and accumulate > 1, which weighs it by hidden tokens), `bits_per_token`, and `accuracy` on
+    hidden tokens. Held-out batches always return the bound, by the estimator of least variance,
+    without label dropout or smoothing.
     """
     del step
     tokens, real, labels = self._read(batch)

@@ -160,7 +160,7 @@ def main(values: Any) -> int:
     raise ValueError(f'{values.workdir} is a {runs.kind(loaded.model)} without budgets; name a '
                      'tokenizer that was trained on prefixes.')
   folder = runs.split_reference(values.workdir)[0]
-  data = loaded.experiment.data
+  data = loaded.data
   source = data.open('eval')
   count = min(values.n, len(source))
   images = source.read(spread(len(source), count))['image']

@@ -115,7 +115,7 @@ def evaluate_generator(loaded: runs.Loaded, tokenizer: runs.Loaded, scores: Scor
   real = tokenize(tokenizer, train.images), tokenize(tokenizer, held_out.images)
   if hasattr(loaded.model, 'log_prob') or hasattr(loaded.model, 'elbo'):
     _add_likelihood(loaded, scores, real, (train, held_out), seed=seed)
-  copied = memorization.copies(*(tokens[:, :keep] for tokens in (samples.tokens, *real)))
+  copied = memorization.copies(samples.tokens, *real, keep)
   scores.add('copies', copied.share, unit='share', higher=False, samples=copied.samples,
              distinct=copied.distinct, held_out=copied.held_out_share,
              reference=train.fingerprint, reference_samples=len(train.images))
@@ -243,11 +243,9 @@ def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = N
     kept: the folder for summaries of real images; None takes one in the run.
   """
   loaded = runs.load(workdir, weights=weights)
-  data = loaded.experiment.data if loaded.experiment else None
+  data = loaded.data
   folder = runs.split_reference(workdir)[0]
   kept = kept or references(folder)
-  if data is None:
-    raise ValueError(f'{workdir} is an exported file without data; evaluate a run folder.')
   # with the step, so that a run which is trained further is asked for what was scored
   named = workdir if runs.split_reference(workdir)[1] else f'{workdir}@{loaded.step}'
   request: dict[str, Any] = {'verb': 'evaluate', 'workdir': str(named), 'weights': weights,

@@ -165,9 +165,9 @@ def main(values: Any) -> int:
   if not hasattr(generator.model, 'sample'):
     raise ValueError(f'{values.workdir} is a {runs.kind(generator.model)}; infill with a '
                      'generator.')
-  tokenizer = runs.load_tokenizer(generator, values.tokenizer)
+  data, tokenizer = generator.data, runs.load_tokenizer(generator, values.tokenizer)
   settings = _whole(sampling.resolve_settings(generator, values.settings), values.conditional)
-  data = runs.pixels(generator.experiment.data, tokenizer)
+  data = runs.pixels(data, tokenizer)
   source = data.open('eval')
   rows = spread(len(source), values.n)
   batch = source.read(rows)

@@ -117,10 +117,8 @@ def main(values: Any) -> int:
   if not isinstance(loaded.model, Autoregressive):
     raise ValueError(f'{values.workdir} is a {runs.kind(loaded.model)}, which keeps no cache; name '
                      'the run of an autoregressive generator.')
-  if loaded.experiment is None:
-    raise ValueError(f'{values.workdir} is an exported file without data; name a run folder.')
-  codec = runs.load_tokenizer(loaded, values.tokenizer)
-  source = runs.pixels(loaded.experiment.data, codec).open('eval')
+  data, codec = loaded.data, runs.load_tokenizer(loaded, values.tokenizer)
+  source = runs.pixels(data, codec).open('eval')
   rows = source.read(spread(len(source), values.n))
   labels = rows.get('label') if loaded.model.classes else None
   found = measure(loaded.model, tokenize(codec, rows['image']), labels,

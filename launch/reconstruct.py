@@ -113,7 +113,7 @@ def main(values: Any) -> int:
     raise ValueError(f'{values.workdir} is a {runs.kind(tokenizer.model)}; reconstruct with a '
                      'tokenizer.')
   settings = settings_of(tokenizer, values.settings)
-  source = tokenizer.experiment.data.open('eval')
+  source = tokenizer.data.open('eval')
   count = min(values.n, len(source))
   images = source.read(np.arange(count))['image']
   columns = min(16, count)

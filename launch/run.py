@@ -59,6 +59,17 @@ class Loaded:
   path: pathlib.Path
   weights: str
 
+  @property
+  def data(self) -> Any:
+    """The config of the data it was trained on.
+
+    Raises:
+      ValueError: an exported file, or pixels, which have none.
+    """
+    if self.experiment is None:
+      raise ValueError(f'{self.path} is an exported file without data; name a run folder.')
+    return self.experiment.data
+
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON so that a reader sees the old file or the new one, never half of it."""

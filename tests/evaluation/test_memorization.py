@@ -18,6 +18,13 @@ def test_planted_copies_are_counted():
   assert result.share == pytest.approx(7 / 30) and result.held_out_share == 1 / 40
 
 
+def test_copies_of_prefixes_are_found_behind_their_padding():
+  train = np.random.default_rng(0).integers(1, 50, (100, 9, 1))
+  samples = np.where(np.arange(9)[:, None] < 4, train[:20], 0)
+  assert memorization.copies(samples, train, train[50:], keep=4).share == 1
+  assert memorization.copies(samples, train, train[50:]).share == 0
+
+
 @pytest.mark.parametrize('chunk', [1, 7, 512])
 def test_distances_are_those_of_brute_force(chunk):
   rng = np.random.default_rng(0)

@@ -82,7 +82,7 @@ def generator(tmp_path_factory):
 
 def test_a_run_completes_its_held_out_examples(generator, capfd):
   assert cli.main(['infill', f'--workdir={generator}', '--n=20', '--draws=2', '--hide=bottom',
-                   '--settings.sampler=first_hitting']) == 0
+                   '--settings.sampler=first_hitting', '--settings.guidance=2']) == 0
   assert 'class read off' in capfd.readouterr().err
   (path,) = (generator / 'infills').glob('*.png')
   item = json.loads(path.with_suffix('.json').read_text())

@@ -3,6 +3,7 @@
 import json
 import shutil
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,9 +104,14 @@ def test_a_run_that_is_not_there(capfd, tmp_path):
   assert 'config.json' in refused(capfd, 'reconstruct', f'--workdir={tmp_path}/empty')
 
 
-@pytest.mark.parametrize('rows, word', [
-    ({'tokens': np.zeros((2, 16, 1))}, 'no labels'), ({'label': np.array([3, 10])}, 'label 10')])
-def test_classes_that_the_data_do_not_have(rows, word):
-  experiment = cli.load_config('digits_ar:debug')
-  with pytest.raises(ValueError, match=word):
-    Job._put(types.SimpleNamespace(experiment=experiment), rows)
+def test_classes_of_data_without_labels():
+  job: Any = types.SimpleNamespace(experiment=cli.load_config('digits_ar:debug'))
+  with pytest.raises(ValueError, match='no labels, and classes=10'):
+    Job._put(job, {'tokens': np.zeros((2, 16, 1))})
+
+
+@pytest.mark.parametrize('verb', ['evaluate', 'reconstruct'])
+def test_a_file_without_data(capfd, tokenizer, tmp_path, verb):
+  path = tmp_path / 'tokenizer.safetensors'
+  assert cli.main(['export', f'--workdir={tokenizer}', f'--out={path}']) == 0
+  assert 'without data; name a run folder' in refused(capfd, verb, f'--workdir={path}')
