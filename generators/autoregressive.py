@@ -31,6 +31,7 @@ from smalti.generators.generator import (
     GeneratorConfig,
     GuidanceSettings,
     Sample,
+    check_guided,
     check_request,
     check_shares,
     fold,
@@ -219,7 +220,9 @@ class Autoregressive(Generator):
       raise ValueError(
           f'condition holds {sorted(unread)}, and this generator with classes={self.classes} reads '
           f'{", ".join(reads) or "nothing"}.')
-    check_request(self.classes, condition, known, known_mask, None)  # guidance may be by text
+    check_request(self, condition, known, known_mask, None)  # guidance may be by text
+    if guided:
+      check_guided(self.label_dropout)
     label, text = self._label(condition, batch), self._read(condition, batch)
     scales = settings.scales(length)
     if known is None:

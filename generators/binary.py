@@ -298,7 +298,7 @@ class Binary(Generator):
     turned back beside clamped ones, and what was drawn first is not reconsidered.
     """
     size = keys.shape[0]
-    check_request(self.classes, condition, known, known_mask, settings.guidance)
+    check_request(self, condition, known, known_mask, settings.guidance)
     for name, value, choices in (('last', settings.last, ('draw', 'threshold')),
                                  ('clamp', settings.clamp, ('clean', 'renoise'))):
       if value not in choices:

@@ -246,7 +246,7 @@ class BlockDiffusion(Generator):
     without unknown codes costs one pass, and nothing is drawn once every row has its EOS.
     """
     size, length, width = keys.shape[0], self.flat.length, self.block_size
-    check_request(self.classes, condition, known, known_mask, settings.guidance)
+    check_request(self, condition, known, known_mask, settings.guidance)
     guided = settings.guidance is not None
     labels = read_labels(self.classes, condition, size)
     if guided:

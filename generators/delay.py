@@ -160,7 +160,7 @@ class Delay(Generator):
 
     That is exact where no unknown code comes at an earlier step than a known one.
     """
-    check_request(self.classes, condition, known, known_mask, settings.guidance)
+    check_request(self, condition, known, known_mask, settings.guidance)
     pattern, size = self.pattern, keys.shape[0]
     label = read_first(self.classes, condition, size)
     scales = settings.scales(pattern.steps)

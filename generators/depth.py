@@ -241,7 +241,7 @@ class Depth(Generator):
     transformer; `log_prob` is that of the drawn codes under the processed distribution.
     """
     batch, length = keys.shape[0], self.spec.length
-    check_request(self.classes, condition, known, known_mask, settings.guidance)
+    check_request(self, condition, known, known_mask, settings.guidance)
     prefill, guided = settings.prefill, settings.guidance is not None
     if (prefill and known is None) or not 0 <= prefill <= length:
       raise ValueError(f'{prefill=} needs as many known positions; at most {length}.')

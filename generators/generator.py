@@ -159,19 +159,28 @@ def read_first(classes: int, condition: dict[str, Array] | None, size: int) -> I
   return jnp.zeros(size, jnp.int32) if labels is None else labels
 
 
-def check_request(classes: int, condition: dict[str, Array] | None, known: Array | None,
+def check_request(model: Any, condition: dict[str, Array] | None, known: Array | None,
                   known_mask: Array | None, guidance: Any) -> None:
-  """What `sample` cannot do.
+  """What `sample` of a model with `classes` and `label_dropout` cannot do.
 
   Raises:
     ValueError: known tokens without their mask, or a label or guidance without classes.
   """
   if (known is None) != (known_mask is None):
     raise ValueError('known and known_mask go together: give both or neither.')
-  if not classes and condition and 'label' in condition:
+  if condition and 'label' in condition and not model.classes:
     raise ValueError('This model was built with classes=0; sample it without a label.')
-  if guidance is not None and (not classes or not condition):
-    raise ValueError('guidance needs a model with classes and a condition with `label`.')
+  if guidance is not None:
+    if not model.classes or not condition:
+      raise ValueError('guidance needs a model with classes and a condition with `label`.')
+    check_guided(model.label_dropout)
+
+
+def check_guided(label_dropout: float) -> None:
+  """Raises ValueError where the null condition, which guidance leads away from, was not trained."""
+  if not label_dropout:
+    raise ValueError('guidance leads away from the null condition, which label_dropout=0 never '
+                     'trains; sample with guidance=none, or train with label_dropout=0.1.')
 
 
 def check_shares(**shares: float) -> None:

@@ -340,7 +340,7 @@ class Masked(Generator):
     where one token or none is unknown, unless a known EOS forbids an earlier one.
     """
     size, length = keys.shape[0], self.flat.length
-    check_request(self.classes, condition, known, known_mask, settings.guidance)
+    check_request(self, condition, known, known_mask, settings.guidance)
     scale = settings.context_guidance
     if settings.guidance is not None and scale is not None:
       raise ValueError('guidance and context_guidance are each a second pass; leave one at none.')

@@ -271,7 +271,7 @@ class ResGen(Generator):
     """
     size, depth = keys.shape[0], self.spec.depth
     shape = (size, self.spec.length, depth)
-    check_request(self.classes, condition, known, known_mask, settings.guidance)
+    check_request(self, condition, known, known_mask, settings.guidance)
     labels = read_labels(self.classes, condition, size)
     given = (jnp.zeros(shape, jnp.int32) if known is None
              else jnp.asarray(known, jnp.int32).reshape(shape))

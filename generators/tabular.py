@@ -118,7 +118,7 @@ class TabularGenerator(Generator):
   def sample(self, condition, *, keys, settings, known=None, known_mask=None) -> Sample:
     """The chain rule in row-major order, given everything known: exact for every mask."""
     del condition  # a table has none
-    check_request(0, None, known, known_mask, None)
+    check_request(self, None, known, known_mask, None)
     shape = (keys.shape[0], self.spec.length, self.spec.depth)
     if known is None:
       known, known_mask = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)

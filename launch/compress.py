@@ -5,11 +5,15 @@ An autoregressive generator says how likely every code is, given those before; a
 `smalti tokenize`; `smalti decompress` gives them back. One compiled program says the probabilities
 on both sides, code by code: those of a parallel pass differ in their last bits, and one such bit
 loses the rest of the message.
+
+Beside the bytes of the file stand those that the tokens take without a generator, and --results
+records them all, with what the generator's own likelihood asks for.
 """
 
 import functools
 import hashlib
 import json
+import lzma
 import pathlib
 import zipfile
 from collections.abc import Callable
@@ -18,14 +22,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 import smalti
 from smalti.data.tokens import TokensSource
 from smalti.evaluation.files import whole
 from smalti.generators.autoregressive import Autoregressive
 from smalti.generators.coding import Decoder, Encoder, frequencies
-from smalti.launch import cli, run as runs, state as states
+from smalti.launch import cli, provenance, run as runs, state as states
 from smalti.launch.progress import say, track
+from smalti.tokenizers.spec import TokenSpec
 
 MAGIC = b'smalti tokens 1\n'
 BATCH = 64  # sequences side by side; part of the program, so that a file names its own
@@ -124,6 +130,42 @@ def read_header(data: bytes) -> dict[str, Any]:
   return json.loads(data[len(MAGIC) + 4:len(MAGIC) + 4 + size])
 
 
+def rivals(spec: TokenSpec, tokens: np.ndarray) -> dict[str, float]:
+  """Bytes of tokens int32[n, N, D] without a generator.
+
+  'packed' is log2 of the alphabets, 'lzma' LZMA at its best over the valid codes in as few bytes
+  each as hold them, 'unigram' a coder that counts the codes of each depth as it goes, from one.
+  """
+  there = np.asarray(spec.valid(tokens))
+  width = np.min_scalar_type(max(spec.vocab) - 1).newbyteorder('<')
+  bits = 0.0
+  for d, vocab in enumerate(spec.vocab):  # of all orders of such counts the price is the same
+    count = np.bincount(tokens[..., d][there[..., d]], minlength=vocab)
+    nats = special.gammaln(count.sum() + vocab) - special.gammaln(vocab) - special.gammaln(
+        count + 1).sum()
+    bits += nats / np.log(2)
+  return {'packed': spec.bits * len(tokens) / 8,
+          'lzma': float(len(lzma.compress(
+              tokens[there].astype(width).tobytes(), preset=9 | lzma.PRESET_EXTREME))),
+          'unigram': bits / 8}
+
+
+def likelihood(loaded: runs.Loaded, tokens: np.ndarray, labels: np.ndarray | None = None, *,
+               batch: int = BATCH) -> float:
+  """Bytes at the likelihood of a parallel pass, the labels' included: what coding can approach."""
+  model = _model(loaded)
+  score = jax.jit(lambda model, rows: model.log_prob(rows))
+  nats = 0.0
+  for i in range(0, len(tokens), batch):
+    index = np.minimum(np.arange(i, i + batch), len(tokens) - 1)  # one shape, one program
+    rows = {'tokens': jnp.asarray(tokens[index])}
+    if labels is not None:
+      rows['label'] = jnp.asarray(labels[index])
+    nats -= np.asarray(score(model, rows), np.float64)[:len(tokens) - i].sum()
+  return (nats / np.log(2) + (labels is not None) * len(tokens) * np.log2(
+      max(model.classes, 1))) / 8
+
+
 def mark(loaded: runs.Loaded) -> str:
   """16 hex digits over a generator's config, spec and weights."""
   params, buffers = states.Structure.of(loaded.model).split(loaded.model)
@@ -202,6 +244,8 @@ def define(values: Any) -> None:
   flags.DEFINE_string('out', None, 'The file to write.', flag_values=values)
   flags.DEFINE_integer('batch_size', BATCH, 'Sequences side by side.', flag_values=values,
                        lower_bound=1)
+  flags.DEFINE_string('results', None, 'Also writes the numbers to this JSON file.',
+                      flag_values=values)
 
 
 def main(values: Any) -> int:
@@ -215,9 +259,20 @@ def main(values: Any) -> int:
   out = pathlib.Path(values.out)
   with whole(out) as file:
     file.write(data)
-  valid = int(np.asarray(loaded.spec.valid(tokens)).sum())
+  valid, others = int(np.asarray(loaded.spec.valid(tokens)).sum()), rivals(loaded.spec, tokens)
   say(f'{len(tokens)} sequences in {len(data):,} bytes, {8 * len(data) / max(valid, 1):.3f} bits '
-      f'per token; packed they have {loaded.spec.bits * len(tokens) / 8:,.0f} bytes: {out}')
+      f'per token, labels and header included; packed {others["packed"]:,.0f}, LZMA '
+      f'{others["lzma"]:,.0f}, by counts {others["unigram"]:,.0f} bytes: {out}')
+  if values.results:
+    exact = np.array_equal(decompress(loaded, data)[0], tokens)
+    sizes = {'smalti': float(len(data)), 'likelihood': likelihood(loaded, tokens, labels), **others}
+    provenance.record(
+        values.results, None, {name: {'bytes': size, 'bits_per_token': 8 * size / max(valid, 1)}
+                               for name, size in sizes.items()},
+        sequences=len(tokens), tokens=valid, labels=labels is not None, exact=exact,
+        head_bytes=len(compress(loaded, tokens[:0], None if labels is None else labels[:0])),
+        run=f'{loaded.path.name}@{loaded.step}', config=loaded.stored)
+    say(f'{values.results}')
   return 0
 
 

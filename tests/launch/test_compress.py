@@ -12,7 +12,7 @@ from flax import nnx
 from smalti.generators.autoregressive import AutoregressiveConfig, AutoregressiveSettings
 from smalti.generators.generator import example_keys, generate
 from smalti.generators.masked import MaskedConfig
-from smalti.launch import cli, compress as codec, run as runs
+from smalti.launch import cli, compress as codec, provenance, run as runs
 from smalti.networks.transformer import TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
 
@@ -57,6 +57,29 @@ def test_drawn_sequences_come_back_at_the_price_of_their_log_probability(name, l
   size = 8 * (len(data) - len(nothing))
   assert abs(size - price) < 0.01 * price + 32
   assert size < 0.9 * loaded(name).spec.bits * 300  # raw packing
+
+
+@pytest.mark.parametrize('name', SPECS)
+def test_rivals_are_what_they_say(name):
+  """A coder that counts, symbol by symbol; LZMA's bytes hold the codes."""
+  spec, (tokens, labels) = SPECS[name], drawn(name, 300)
+  found, there = codec.rivals(spec, tokens), np.asarray(spec.valid(tokens))
+  bits = 0.0
+  for d, vocab in enumerate(spec.vocab):
+    count = np.ones(vocab)
+    for code in tokens[..., d][there[..., d]]:
+      bits -= np.log2(count[code] / count.sum())
+      count[code] += 1
+  np.testing.assert_allclose(found['unigram'], bits / 8, rtol=1e-9)
+  assert found['packed'] == spec.bits * 300 / 8
+  assert found['lzma'] < there.sum()  # a byte each
+  same = codec.rivals(spec, np.broadcast_to(tokens[:1], tokens.shape))
+  assert same['lzma'] < 0.2 * found['lzma'] and same['unigram'] < found['unigram']
+  assert codec.rivals(spec, tokens[:0])['unigram'] == 0
+  ours = codec.likelihood(loaded(name), tokens, labels)
+  data = codec.compress(loaded(name), tokens, labels)
+  head = codec.compress(loaded(name), tokens[:0], labels[:0])
+  assert abs(len(data) - len(head) - ours) < 0.01 * ours + 4
 
 
 @pytest.mark.parametrize('name', SPECS)
@@ -124,8 +147,14 @@ def test_commands_write_what_sample_writes(tmp_path, monkeypatch, capsys):
   tokens, labels = drawn('ends', 300)
   np.savez(tmp_path / 'samples.npz', tokens=tokens, arr_1=labels)
   paths = [str(tmp_path / name) for name in ('samples.npz', 'file.smtc', 'back.npz')]
-  assert cli.main(['compress', '--workdir=w', f'--tokens={paths[0]}', f'--out={paths[1]}']) == 0
+  assert cli.main(['compress', '--workdir=w', f'--tokens={paths[0]}', f'--out={paths[1]}',
+                   f'--results={tmp_path}/sizes.json']) == 0
   assert 'bits per token' in capsys.readouterr().err
+  sizes = provenance.load(tmp_path / 'sizes.json')
+  assert sizes['exact'] is True and sizes['sequences'] == 300
+  ours = sizes['results']['smalti']['bytes']
+  assert ours == (tmp_path / 'file.smtc').stat().st_size
+  assert abs(ours - sizes['head_bytes'] - sizes['results']['likelihood']['bytes']) < 0.01 * ours + 4
   assert cli.main(['decompress', '--workdir=w', f'--file={paths[1]}', f'--out={paths[2]}']) == 0
   with np.load(paths[2]) as found:
     np.testing.assert_array_equal(found['tokens'], tokens)

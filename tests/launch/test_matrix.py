@@ -1,5 +1,6 @@
 """Every generator on the tokens of every tokenizer, against the table of docs/generators.md."""
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -98,6 +99,23 @@ def test_what_makes_no_sense_is_refused_with_the_reason_of_the_page(tokens, gene
   with pytest.raises(ValueError, match={'cannot be permuted': 'can be permuted, others not'}.get(
       said, said)):
     build()
+
+
+@pytest.mark.parametrize('generator', GENERATORS)
+def test_guidance_needs_a_null_condition_that_was_trained(generator):
+  spec = next(tokenizer(name)[0].spec for name, cells in table().items()
+              if cells[generator] == 'yes')
+
+  def draw(dropout, scale):
+    config = dataclasses.replace(GENERATORS[generator], label_dropout=dropout)
+    model = nnx.eval_shape(lambda: config.build(spec, rngs=nnx.Rngs(0)))
+    settings = dataclasses.replace(model.settings(), guidance=scale)
+    return nnx.eval_shape(lambda model: model.sample(
+        {'label': jnp.arange(2)}, keys=example_keys(0, jnp.arange(2)), settings=settings), model)
+
+  assert draw(0.1, 2.0).tokens.shape == draw(0.0, None).tokens.shape
+  with pytest.raises(ValueError, match='label_dropout=0 never'):
+    draw(0.0, 2.0)
 
 
 @pytest.mark.slow
