@@ -123,7 +123,11 @@ def evaluate_generator(loaded: runs.Loaded, tokenizer: runs.Loaded, scores: Scor
 
 def _add_likelihood(loaded: runs.Loaded, scores: Scores, real: tuple[np.ndarray, np.ndarray],
                     splits: tuple[Split, Split], *, seed: int) -> None:
-  """Bits per token of the training and of the held-out examples, beside the unigram's."""
+  """Bits per token of the training and of the held-out examples, beside the unigram's.
+
+  Per dimension they are spread over the values of an image: of tokens that are its values, its
+  likelihood; of a tokenizer's, what the tokens alone cost.
+  """
   key = states.stream(seed, 'eval')
   unigram = codes.unigram_bits(loaded.spec, *real)
   positional = codes.unigram_bits(loaded.spec, *real, positional=True)
@@ -132,8 +136,9 @@ def _add_likelihood(loaded: runs.Loaded, scores: Scores, real: tuple[np.ndarray,
     bits, error, kind = bits_per_token(loaded, tokens, _given(loaded, split), key=key)
     scores.add(f'bits_per_token_{name}', bits, unit='bits per token', higher=False, likelihood=kind,
                samples=len(tokens), reference=split.fingerprint, reference_samples=len(tokens),
-               standard_error=error, unigram=unigram, positional_unigram=positional,
-               neighbours=neighbours)
+               standard_error=error, bits_per_dimension=bits * float(
+                   np.asarray(loaded.spec.valid(tokens)).sum()) / split.images.size,
+               unigram=unigram, positional_unigram=positional, neighbours=neighbours)
 
 
 def _given(loaded: runs.Loaded, split: Split) -> dict[str, np.ndarray]:

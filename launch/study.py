@@ -144,7 +144,8 @@ def generated(loaded: runs.Loaded, scores: Scores, judge: Judge, experiment: Exp
                 if key in ('floor', 'untrained', 'judge_accuracy')}
     if score.name == 'bits_per_token_held_out':
       found |= {key: score.beside[key]
-                for key in ('unigram', 'positional_unigram', 'neighbours', 'likelihood')}
+                for key in ('unigram', 'positional_unigram', 'neighbours', 'likelihood',
+                            'bits_per_dimension')}
   return found
 
 

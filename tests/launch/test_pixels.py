@@ -8,9 +8,10 @@ import pytest
 
 from smalti.configs import cifar10_md4
 from smalti.data.digits import DigitsConfig
-from smalti.launch import run as runs
+from smalti.launch import evaluate, run as runs
 from smalti.launch.experiment import MeshConfig
 from smalti.launch.sample import draw
+from smalti.launch.scores import Scores
 from smalti.launch.train import train
 
 
@@ -37,5 +38,11 @@ def test_a_generator_of_pixels_trains_and_draws_images(tmp_path):
   drawn = draw(loaded, pixels, n=2, seed=0, settings=settings)
   assert drawn.images.dtype == np.uint8 and drawn.images.shape == (2, 8, 8, 1)
   np.testing.assert_array_equal(drawn.images.reshape(2, 64, 1), drawn.tokens)
+  splits = [dataclasses.replace(x, images=x.images[:64], labels=x.labels[:64])
+            for x in (evaluate.Split.read(DigitsConfig(), name) for name in ('train', 'eval'))]
+  found = Scores(loaded, quiet=True)
+  evaluate.evaluate_generator(loaded, pixels, found, *splits, drawn, seed=0)
+  bits = {score.name: score for score in found.rows}['bits_per_token_held_out']
+  assert bits.beside['bits_per_dimension'] == pytest.approx(bits.value)
   with pytest.raises(ValueError, match='was trained on tokenizer'):
     runs.load_tokenizer(loaded, 'pixels:16x4x1')
