@@ -132,6 +132,12 @@ def _help(verb: str, module: Any, values: flags.FlagValues, arguments: list[str]
     if any(re.match('--?config(=|$)', a) for a in arguments):
       _parse(verb, values, arguments)
       lines += ['', 'Fields:', *help.fields(values.config)]
+  if 'settings' in values:
+    lines += ['', 'With --workdir=RUN its settings are listed.']
+    if any(re.match('--?workdir(=|$)', a) for a in arguments):
+      _parse(verb, values, arguments)
+      (first, *_) = [values.workdir] if isinstance(values.workdir, str) else values.workdir
+      lines[-1:] = help.settings(first)
   return '\n'.join(lines)
 
 

@@ -41,6 +41,16 @@ def fields(config: Any, path: str = 'config') -> list[str]:
   return lines
 
 
+def settings(workdir: str) -> list[str]:
+  """The sampling settings of a run, each with its value and what its class says about it."""
+  from smalti.launch import run  # which imports jax
+  outline = run.outline(run.split_reference(workdir)[0])
+  own = outline.experiment.settings
+  if own is None and hasattr(outline.model, 'settings'):
+    own = outline.model.settings()
+  return ['Settings:', *fields(own, 'settings')] if own else [f'{workdir} has no settings.']
+
+
 def _docs(cls: type) -> dict[str, str]:
   """The `Attributes:` (or `Args:`) of a class docstring, whose entries are `name, name: text`.
 

@@ -102,6 +102,16 @@ def test_all_that_is_hidden_is_drawn_and_guided_only_by_a_condition():
   assert infill._whole(asked, False) == AutoregressiveSettings(temperature=0.5)
 
 
+def test_help_lists_the_settings_of_a_run(generator, capfd):
+  for verb in ('sample', 'sweep'):
+    assert cli.main([verb, f'--workdir={generator}', '--help']) == 0
+    assert '--settings.temperature=1.0  see' in capfd.readouterr().out
+  assert cli.main(['reconstruct', f'--workdir={generator.parent}/tokenizer', '--help']) == 0
+  assert 'tokenizer has no settings.' in capfd.readouterr().out
+  assert cli.main(['sample', '--help']) == 0
+  assert 'With --workdir=RUN its settings' in capfd.readouterr().out
+
+
 def test_known_tokens_that_change_are_an_error_of_ours(generator, monkeypatch):
   from smalti.launch import run as runs
   loaded = runs.load(generator)
