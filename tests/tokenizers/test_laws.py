@@ -5,6 +5,10 @@ import functools
 import inspect
 import json
 import math
+import pathlib
+import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +93,17 @@ def looped(q, z):
   return normalize(q.decoders[-1](code))
 
 
+def readme():
+  """The quantizer that README.md writes."""
+  text = (pathlib.Path(__file__).parents[2] / 'README.md').read_text()
+  (code,) = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+  module = sys.modules['even'] = types.ModuleType('even')
+  exec(code, module.__dict__)
+  return module.EvenConfig()
+
+
 QUANTIZERS = {
+    'readme': Row(readme()),
     'vq': Row(VQConfig(codes=32, dim=6)),
     'vq_kmeans': Row(VQConfig(codes=32, dim=6, init='kmeans')),
     'vq_gradient': Row(VQConfig(codes=32, dim=6, update='gradient')),
