@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from smalti.evaluation import features, frechet, reconstruction
-from smalti.launch import cli, extractors, provenance, run as runs
+from smalti.launch import cli, extractors, provenance, run as runs, trees
 from smalti.launch.progress import say
 from smalti.launch.reconstruct import decoded, encoded
 from smalti.launch.train import train
@@ -85,7 +85,7 @@ def main(values: Any) -> int:
       workdir = pathlib.Path(values.runs) / f'{arm}-{seed}'
       kept = workdir / 'row.json'
       if not kept.exists():
-        experiment = cli.load_config(f'{CONFIG}:{arm}', [('seed', str(seed))])
+        experiment = trees.load_config(f'{CONFIG}:{arm}', [('seed', str(seed))])
         train(experiment, workdir, init_from=None if arm == 'l2' else str(first))
         source = experiment.data.open('eval')
         images = source.read(np.arange(min(IMAGES, len(source))))['image']

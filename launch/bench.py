@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from absl import flags
 
-from smalti.launch import cli, provenance, timing
+from smalti.launch import cli, provenance, timing, trees
 from smalti.launch.timing import Bench, Row
 
 
@@ -45,7 +45,7 @@ def _loop(bench: Bench, config: str) -> dict:
 
   from smalti.launch import train as training
   from smalti.launch.exits import Preempted
-  experiment = cli.load_config(config)
+  experiment = trees.load_config(config)
   # what costs by the step stays: data, logging, flags; evaluation and saving have their own cadence
   experiment.steps, experiment.checkpoint.best = 10**6, None
   experiment.checkpoint.every = experiment.eval.every = experiment.steps

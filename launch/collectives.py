@@ -22,6 +22,7 @@ from smalti.launch import (
   provenance,
   run as runs,
   state as states,
+  trees,
 )
 from smalti.launch.experiment import MeshConfig, OptimizerConfig
 from smalti.launch.step import train_step
@@ -127,7 +128,6 @@ def init_memory(config: Any, spec: Any, fsdp: int) -> dict[str, float]:
 def main(out: str) -> None:
   """The 4 x 256 model of specs on every mesh, and the sharded init of LlamaGen-B."""
   from smalti.generators.autoregressive import AutoregressiveConfig
-  from smalti.launch import cli
   from smalti.networks.transformer import TransformerConfig
   from smalti.tokenizers.spec import TokenSpec
   spec = TokenSpec(grid=(128,), vocab=(1024,))
@@ -150,7 +150,7 @@ def main(out: str) -> None:
     ideal = '  '.join(f'{k} {v / 2**20:.1f}' for k, v in sorted(row['ideal'].items()))
     print(f'{name:10} MiB moved: {shown or "none"}   ideal: {ideal or "none"}   '
           f'temporary {row["temporary_bytes"] / 2**20:.1f} MiB', flush=True)
-  published = cli.load_config('imagenet256_llamagen:B')
+  published = trees.load_config('imagenet256_llamagen:B')
   memory = init_memory(published.model, published.published.spec, 8)
   memory['ratio'] = (memory['output_bytes'] + memory['temporary_bytes']) / (
       memory['state_bytes'] / 8)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from smalti.evaluation.manifest import Score
-from smalti.launch import cli, evaluate as scoring, pictures, provenance, report, run as runs
+from smalti.launch import cli, evaluate as scoring, pictures, provenance, report, run as runs, trees
 from smalti.launch.judge import references
 from smalti.launch.progress import say
 from smalti.launch.reconstruct import pairs, reconstruct
@@ -34,7 +34,7 @@ def demo(workdir: pathlib.Path, size: str = 'base', *, results: pathlib.Path | N
     results: where a JSON of the numbers, with their provenance, is written too.
   """
   begin = time.perf_counter()
-  experiment = cli.load_config(f'digits_vq:{size}')
+  experiment = trees.load_config(f'digits_vq:{size}')
   say('1/3  a VQ tokenizer of 8 x 8 digits')
   tokenizer_run = workdir / 'digits_vq'
   train(experiment, tokenizer_run)
@@ -48,7 +48,7 @@ def demo(workdir: pathlib.Path, size: str = 'base', *, results: pathlib.Path | N
   for i, (name, title) in enumerate(KINDS.items(), 2):
     say(f'{i}/3  {title} over its tokens')
     generator = dataclasses.replace(
-        cli.load_config(f'{name}:{size}'), tokenizer=str(tokenizer_run))
+        trees.load_config(f'{name}:{size}'), tokenizer=str(tokenizer_run))
     train(generator, workdir / name)
     for label, overrides in (('', {}), ('guided', {'guidance': GUIDANCE})):
       tables[f'{name} {label}'.strip()] = _sample_and_score(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smalti.evaluation import latents as measures, reconstruction
-from smalti.launch import cli, exits, provenance, run as runs
+from smalti.launch import exits, provenance, run as runs, trees
 from smalti.launch.progress import say
 from smalti.launch.train import train
 from smalti.networks.pixels import to_float, to_uint8
@@ -44,7 +44,7 @@ class Cell:
     return f'{self.model}-{self.decay:g}-{self.seed}'
 
   def experiment(self) -> Any:
-    experiment = cli.load_config(f'shapes_qlae:{MODELS[self.model]}')
+    experiment = trees.load_config(f'shapes_qlae:{MODELS[self.model]}')
     experiment.optimizer.weight_decay = self.decay
     return dataclasses.replace(experiment, seed=self.seed)
 

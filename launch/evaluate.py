@@ -22,29 +22,29 @@ from smalti.data.captions import CaptionsConfig
 from smalti.evaluation import agreement, captions, codes, features, memorization
 from smalti.evaluation.manifest import Score, read_file, write_scores
 from smalti.evaluation.perceptual import Net
-from smalti.launch import cli, extractors, run as runs, state as states
+from smalti.launch import cli, extractors, run as runs, state as states, trees
 from smalti.launch.fidelity import tokenizer_scores
 from smalti.launch.gallery import open_gallery
 from smalti.launch.judge import (
-    BATCH,
-    BYTES,
-    Accumulation,
-    Judge,
-    accumulate,
-    judge_of_file,
-    open_judge,
-    references,
-    spread,
+  BATCH,
+  BYTES,
+  Accumulation,
+  Judge,
+  accumulate,
+  judge_of_file,
+  open_judge,
+  references,
+  spread,
 )
 from smalti.launch.progress import say, track
 from smalti.launch.reconstruct import encoded, settings_of
 from smalti.launch.sample import (
-    TEXT,
-    Sampler,
-    Samples,
-    captions as captions_of,
-    in_turn,
-    resolve_settings,
+  TEXT,
+  Sampler,
+  Samples,
+  captions as captions_of,
+  in_turn,
+  resolve_settings,
 )
 from smalti.launch.scores import Scores
 
@@ -302,7 +302,7 @@ def evaluate_file(path: pathlib.Path, config: str | None, *, reference: pathlib.
   if config is None:
     judge = judge_of_file(reference, extractor, gallery.shape, inception_weights)
   else:
-    data = cli.load_config(config).data
+    data = trees.load_config(config).data
     judge = open_judge(data, references(path.resolve().parent), n=gallery.n, extractor=extractor,
                        reference=reference, weights=inception_weights)
     if gallery.shape != judge.shape:

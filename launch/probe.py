@@ -22,7 +22,7 @@ from flax import nnx
 from smalti.evaluation import features, probes
 from smalti.evaluation.probes import Probe, Split
 from smalti.generators.generator import example_keys
-from smalti.launch import cli, provenance, run as runs, state as states
+from smalti.launch import cli, provenance, run as runs, state as states, trees
 from smalti.launch.progress import say, track
 from smalti.launch.serialization import to_json
 from smalti.networks.pixels import to_float
@@ -239,7 +239,7 @@ def main(values: Any) -> int:
     raise ValueError(f'train={values.train}, validation={values.validation} and test={values.test} '
                      'must be 1 or more.')
   found = probe(
-      values.workdir, data=cli.load_config(values.data).data if values.data else None,
+      values.workdir, data=trees.load_config(values.data).data if values.data else None,
       train=values.train, validation=values.validation, test=values.test,
       tokenizer=values.tokenizer, blocks=_numbers('blocks', values.blocks) or None,
       shots=_numbers('shots', values.shots), seed=values.seed, weights=values.weights)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from smalti.evaluation.reconstruction import compare
 from smalti.generators.generator import example_keys
-from smalti.launch import cli, pictures, run as runs, state as states
+from smalti.launch import cli, pictures, run as runs, state as states, trees
 from smalti.launch.progress import say
 from smalti.networks.pixels import to_float, to_uint8
 from smalti.tokenizers.spec import TokenSpec
@@ -77,7 +77,7 @@ def settings_of(tokenizer: runs.Loaded, overrides: dict[str, str]) -> Any:
     ValueError: overrides for a decoder that has no settings.
   """
   if hasattr(tokenizer.model, 'settings'):
-    return cli.apply_settings(tokenizer.model.settings(), overrides)
+    return trees.apply_settings(tokenizer.model.settings(), overrides)
   if overrides:
     raise ValueError(f'{type(tokenizer.model).__name__} decodes without settings; leave out '
                      f'--settings.{next(iter(overrides))}.')

@@ -20,7 +20,7 @@ import smalti
 from smalti.data.images import Refused, read_bytes
 from smalti.data.utf8 import to_bytes
 from smalti.generators.generator import example_keys
-from smalti.launch import cli, mesh as meshes, pictures, run as runs, state as states
+from smalti.launch import cli, mesh as meshes, pictures, run as runs, state as states, trees
 from smalti.launch.experiment import MeshConfig
 from smalti.launch.progress import say, track
 from smalti.launch.serialization import to_json
@@ -188,7 +188,7 @@ def draw(generator: runs.Loaded, tokenizer: runs.Loaded, *, n: int, seed: int, s
 def resolve_settings(generator: runs.Loaded | runs.Outline, overrides: dict[str, str]) -> Any:
   """The run's sampling settings, or the generator's own, with the overrides of the command line."""
   settings = generator.experiment.settings if generator.experiment else None
-  return cli.apply_settings(settings or generator.model.settings(), overrides)
+  return trees.apply_settings(settings or generator.model.settings(), overrides)
 
 
 def record(generator: runs.Loaded, settings: Any, *, n: int, seed: int) -> dict:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smalti.data.tokens import TokenWriter
-from smalti.launch import cli, run as runs
+from smalti.launch import cli, run as runs, trees
 from smalti.launch.progress import say, track
 from smalti.launch.serialization import to_json
 from smalti.networks.pixels import to_float
@@ -78,7 +78,7 @@ def _data(name: str | None, tokenizer: runs.Loaded) -> Any:
       return dataclasses.replace(data, path=name)
     config: Any = tokenizer.config
     return FolderConfig(path=name, size=config.image_size[0], channels=config.channels)
-  return cli.load_config(name).data
+  return trees.load_config(name).data
 
 
 if __name__ == '__main__':

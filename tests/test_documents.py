@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from smalti.launch import cli, documents, provenance
+from smalti.launch import cli, documents, provenance, trees
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [p for p in documents.documents(ROOT) if p.exists()]
@@ -97,7 +97,7 @@ def check_config(options):
   if not names and fields:
     names = ['digits_vq']  # of a run that is there already
   for name in names:
-    cli.load_config(name, fields)
+    trees.load_config(name, fields)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import sys
 
 import jax
 
-from smalti.launch import cli, mesh, train
+from smalti.launch import mesh, train, trees
 
 
 def main(workdir, tokenizer, steps, out):
   mesh.distribute()
-  experiment = cli.load_config('digits_ar:debug', [
+  experiment = trees.load_config('digits_ar:debug', [
       ('tokenizer', tokenizer), ('steps', steps), ('batch_size', '16'), ('mesh.data', '2'),
       ('mesh.fsdp', '-1'), ('checkpoint.best', 'none'), ('log.every', '1'),
       ('model.label_dropout', '0.0'), ('model.transformer.dropout', '0.0')])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from smalti.launch import budgets, cli, export, run as runs, state as states
+from smalti.launch import budgets, cli, export, run as runs, state as states, trees
 from smalti.launch.reconstruct import decoded, lengths, reconstruct, settings_of
 from smalti.launch.serialization import to_json
 from smalti.launch.train import Job, train
@@ -17,7 +17,7 @@ from smalti.tokenizers.spec import TokenSpec
 
 
 def config(name):
-  return cli.load_config(f'{name}:debug', [('mesh.data', '1')])
+  return trees.load_config(f'{name}:debug', [('mesh.data', '1')])
 
 
 @pytest.fixture(scope='module')

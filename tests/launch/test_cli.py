@@ -14,7 +14,7 @@ from absl import flags
 
 from smalti.generators.maskbit import MaskBitConfig
 from smalti.generators.unmasking import MaskedSettings
-from smalti.launch import cli, exits, help, serialization
+from smalti.launch import cli, exits, help, serialization, trees
 from smalti.networks.transformer import TransformerConfig
 
 PLUGIN = '''
@@ -189,11 +189,11 @@ def test_overrides_never_leak(verb):
   assert first.model.part.width == 99 and first.model.parts[0].rate == 7
   assert values.config.model.part.width == 8 and values.config.model.parts[0].rate == 0.1
   assert first.model.parts[0].width == 8 and first.model.part.rate == 0.1  # one object there
-  shared = cli.load_config('probe.py').model.part
+  shared = trees.load_config('probe.py').model.part
   assert shared == values.config.model.part and shared is not values.config.model.part
   assert values.config.ema == 0.999 and values.settings == {} and values.what is None
   before = serialization.to_json(values.config)
-  cli.override(values.config, 'model.part.width', '5')
+  trees.override(values.config, 'model.part.width', '5')
   assert serialization.to_json(values.config) == before
 
 
@@ -201,7 +201,7 @@ def test_settings_are_applied_by_annotation(verb):
   values = parse(verb, 'that', '--config=probe.py', '--settings.steps=12',
                  '--settings.temperature=1', '--settings.top_k=none', '--settings.kind=linear')
   assert values.what == 'that'
-  settings = cli.apply_settings(values.config.settings, values.settings)
+  settings = trees.apply_settings(values.config.settings, values.settings)
   assert settings == type(settings)(steps=12, temperature=1.0, kind='linear')
   assert type(settings.temperature) is float and values.config.settings.steps == 8
   for name, text, fragment in [('step', '3', "did you mean 'steps'?"),
@@ -209,7 +209,7 @@ def test_settings_are_applied_by_annotation(verb):
                                ('kind', 'cos', 'one of cosine, linear'),
                                ('steps', '0', '1 or more')]:
     with pytest.raises(ValueError, match=fragment.replace('?', r'\?')):
-      cli.apply_settings(settings, {name: text})
+      trees.apply_settings(settings, {name: text})
 
 
 BAD = [
@@ -297,7 +297,7 @@ def test_unknown_verbs(capfd):
 
 def test_json_configs_are_only_data(verb, folder, capfd):
   """A plugin that was not named is not imported, even for a file of our own making."""
-  item = serialization.to_json(cli.load_config('probe.py'))
+  item = serialization.to_json(trees.load_config('probe.py'))
   (folder / 'c.json').write_text(json.dumps(item))
   del sys.modules['probe_plugin']
   assert cli.main(['probe', '--config=c.json']) == 2
@@ -321,8 +321,8 @@ def mutate(word, random_):
 
 def test_mutated_keys_are_refused_with_the_right_suggestion(folder):
   """200 misspelt paths: 200 refusals, and the right field is suggested for 90 % of them."""
-  config, random_ = cli.load_config('probe.py'), random.Random(0)
-  paths = [p for p in cli.field_paths(config) if '[' not in p]
+  config, random_ = trees.load_config('probe.py'), random.Random(0)
+  paths = [p for p in trees.field_paths(config) if '[' not in p]
   right = total = 0
   while total < 200:
     path = random_.choice(paths)
@@ -333,7 +333,7 @@ def test_mutated_keys_are_refused_with_the_right_suggestion(folder):
     if wrong in paths:
       continue
     with pytest.raises(ValueError) as info:
-      cli.override(config, wrong, '1')
+      trees.override(config, wrong, '1')
     total += 1
     right += f'did you mean {path!r}?' in str(info.value)
   assert right >= 180, f'{right} of {total} suggestions were right'
@@ -354,7 +354,7 @@ def test_exit_codes_and_tracebacks(verb, capfd, monkeypatch):
       ends(error)
   verb.main = lambda values: serialization.check(3)
   assert cli.main(['probe', '--config=probe.py']) == 2
-  verb.main = lambda values: cli.load_config('probe.py', [('steps', 'x')])
+  verb.main = lambda values: trees.load_config('probe.py', [('steps', 'x')])
   assert cli.main(['probe', '--config=probe.py']) == 2
   monkeypatch.setenv('SMALTI_TRACEBACK', '1')
   with pytest.raises(ValueError):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from smalti.data import factors
-from smalti.launch import cli, disentangle, provenance
+from smalti.launch import disentangle, provenance, trees
 from smalti.launch.disentangle import (
   CELLS,
   DECAYS,
@@ -105,7 +105,7 @@ def test_unknown_cells_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize('size', ['ae', 'vq'])
 def test_measures_of_an_untrained_network(size, monkeypatch):
   monkeypatch.setattr(factors, 'EVAL', 120)
-  experiment = cli.load_config(f'shapes_qlae:{size}')
+  experiment = trees.load_config(f'shapes_qlae:{size}')
   experiment.model = dataclasses.replace(
       experiment.model, image_size=(16, 16), widths=(8, 8), hidden=16)
   model = jax.jit(lambda: experiment.model.build(rngs=nnx.Rngs(0)))()
@@ -121,7 +121,7 @@ def test_measures_of_an_untrained_network(size, monkeypatch):
 @pytest.mark.slow
 def test_a_cell_trains_measures_and_is_committed(tmp_path, monkeypatch):
   monkeypatch.setattr(factors, 'EVAL', 240)
-  debug = cli.load_config('shapes_qlae:debug')
+  debug = trees.load_config('shapes_qlae:debug')
   debug.mesh.data = 1
   monkeypatch.setattr(Cell, 'experiment', lambda self: debug)
   disentangle.run_cell(Cell('qlae', 1.0, 0), tmp_path, tmp_path / 'runs')

@@ -9,7 +9,7 @@ from PIL import Image
 from smalti.data.digits import DigitsConfig
 from smalti.evaluation.manifest import read_file, read_scores
 from smalti.evaluation.summary import Accumulator
-from smalti.launch import cli, evaluate, judge as judges
+from smalti.launch import cli, evaluate, judge as judges, trees
 from smalti.launch.train import train
 
 
@@ -150,7 +150,7 @@ def test_mistakes_are_one_line(arguments, message, digits, tmp_path, monkeypatch
 
 def test_a_run_that_is_trained_further_is_asked_for_what_was_scored(tmp_path, monkeypatch, capfd):
   def train_to(steps):
-    train(cli.load_config('digits_vq:debug', [('mesh.data', '1'), ('steps', str(steps)),
+    train(trees.load_config('digits_vq:debug', [('mesh.data', '1'), ('steps', str(steps)),
                                               ('optimizer.schedule', 'constant'),
                                               ('optimizer.warmup', '0')]), tmp_path / 'run')
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from smalti.evaluation import features
-from smalti.launch import cli, export, extractors, run as runs
+from smalti.launch import cli, export, extractors, run as runs, trees
 from smalti.launch.train import train
 
 
 @pytest.fixture(scope='module')
 def classifier(tmp_path_factory):
   folder = tmp_path_factory.mktemp('runs') / 'classifier'
-  train(cli.load_config('mnist_classifier:debug', [('mesh.data', '1')]), folder)
+  train(trees.load_config('mnist_classifier:debug', [('mesh.data', '1')]), folder)
   return folder
 
 
@@ -83,7 +83,7 @@ def test_names_that_are_none(tmp_path, monkeypatch):
 
 
 def test_a_generator_or_tokenizer_is_no_extractor(tmp_path):
-  train(cli.load_config('digits_vq:debug', [('mesh.data', '1')]), tmp_path / 'run')
+  train(trees.load_config('digits_vq:debug', [('mesh.data', '1')]), tmp_path / 'run')
   export.save(runs.load(tmp_path / 'run'), tmp_path / 'vq.safetensors')
   with pytest.raises(ValueError, match='is a tokenizer; an extractor is a classifier'):
     extractors.load(tmp_path / 'vq.safetensors')

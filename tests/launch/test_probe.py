@@ -8,7 +8,7 @@ import pytest
 
 from smalti.data.arrays import ArraysSource
 from smalti.data.digits import DigitsConfig
-from smalti.launch import cli, probe
+from smalti.launch import cli, probe, trees
 from smalti.launch.train import train
 
 FEW = dict(train=200, validation=100, test=120, shots=(1,))
@@ -36,14 +36,14 @@ class Unlabelled(DigitsConfig):
 @pytest.fixture(scope='module')
 def tokenizer(tmp_path_factory):
   folder = tmp_path_factory.mktemp('runs') / 'tokenizer'
-  train(cli.load_config('digits_vq:debug', [('mesh.data', '1')]), folder)
+  train(trees.load_config('digits_vq:debug', [('mesh.data', '1')]), folder)
   return folder
 
 
 @pytest.fixture(scope='module')
 def generator(tokenizer, tmp_path_factory):
   folder = tmp_path_factory.mktemp('runs') / 'generator'
-  train(cli.load_config('digits_masked:debug', [
+  train(trees.load_config('digits_masked:debug', [
       ('mesh.data', '1'), ('tokenizer', str(tokenizer))]), folder)
   return folder
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from smalti.launch import cli, run as runs, state as states
+from smalti.launch import run as runs, state as states, trees
 from smalti.launch.checkpoint import Checkpoints
 from smalti.launch.train import train
 
@@ -41,7 +41,7 @@ def start(count, workdir, tokenizer, steps, out):
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
   tokenizer = tmp_path / 'tokenizer'
-  train(cli.load_config('digits_vq:debug', [('mesh.data', '8')]), tokenizer)
+  train(trees.load_config('digits_vq:debug', [('mesh.data', '8')]), tokenizer)
   one, = start(1, tmp_path / 'one', tokenizer, 3, tmp_path / 'a')
   two = start(2, tmp_path / 'two', tokenizer, 3, tmp_path / 'b')
   assert [part['devices'] for part in two] == [8, 8]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smalti.launch import cli
+from smalti.launch import cli, trees
 from smalti.launch.train import Job, train
 
 DEBUG = ['--config.mesh.data=1']
@@ -17,7 +17,7 @@ DEBUG = ['--config.mesh.data=1']
 @pytest.fixture(scope='module')
 def tokenizer(tmp_path_factory):
   folder = tmp_path_factory.mktemp('runs') / 'tokenizer'
-  train(cli.load_config('digits_vq:debug', [('mesh.data', '1')]), folder)
+  train(trees.load_config('digits_vq:debug', [('mesh.data', '1')]), folder)
   return folder
 
 
@@ -69,7 +69,7 @@ def test_a_chance_above_one(capfd, tokenizer, tmp_path):
 
 def test_labels_that_the_model_has_no_row_for(tokenizer, tmp_path):
   with pytest.raises(ValueError, match='label 9, and classes=9'):  # found in a batch: logs before
-    train(cli.load_config('digits_ar:debug', [
+    train(trees.load_config('digits_ar:debug', [
         ('mesh.data', '1'), ('model.classes', '9'), ('tokenizer', str(tokenizer)),
     ]), tmp_path / 'run')
 
@@ -105,7 +105,7 @@ def test_a_run_that_is_not_there(capfd, tmp_path):
 
 
 def test_classes_of_data_without_labels():
-  job: Any = types.SimpleNamespace(experiment=cli.load_config('digits_ar:debug'))
+  job: Any = types.SimpleNamespace(experiment=trees.load_config('digits_ar:debug'))
   with pytest.raises(ValueError, match='no labels, and classes=10'):
     Job._put(job, {'tokens': np.zeros((2, 16, 1))})
 

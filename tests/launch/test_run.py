@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from smalti.launch import cli, export, run as runs, state as states, tokenize
+from smalti.launch import export, run as runs, state as states, tokenize, trees
 from smalti.launch.checkpoint import Checkpoints
 from smalti.launch.train import Job, train
 
 
 def config(name, **overrides):
   # a constant rate, so that runs of other lengths are the same program
-  return cli.load_config(f'{name}:debug', [
+  return trees.load_config(f'{name}:debug', [
       ('mesh.data', '1'), ('optimizer.schedule', 'constant'), ('optimizer.warmup', '0'),
       *((k.replace('__', '.'), str(v)) for k, v in overrides.items())])
 

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 
 from smalti.data.source import DataConfig
-from smalti.launch import cli
+from smalti.launch import trees
 from smalti.launch.experiment import Experiment, OptimizerConfig
 from smalti.launch.serialization import check, describe, differences, from_json, to_json
 from smalti.networks.model import ModelConfig
@@ -91,12 +91,12 @@ def test_missing_fields_take_their_defaults():
   assert from_json(item, Experiment, PLUGINS) == probe(kind='b')
 
 
-@pytest.mark.parametrize('name', cli.packaged())
+@pytest.mark.parametrize('name', trees.packaged())
 def test_packaged_configs_round_trip(name):
   """Every size of every packaged config passes the check and survives JSON unchanged."""
   module = importlib.import_module(f'smalti.configs.{name}')
   for size in module.SIZES:
-    experiment = cli.load_config(f'{name}:{size}')
+    experiment = trees.load_config(f'{name}:{size}')
     check(experiment)
     item = to_json(experiment)
     back = from_json(json.loads(json.dumps(item, allow_nan=False)), Experiment)

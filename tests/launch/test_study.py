@@ -6,7 +6,7 @@ import json
 import pytest
 
 from smalti.configs import digits_fsq
-from smalti.launch import cli, provenance, study
+from smalti.launch import cli, provenance, study, trees
 from smalti.launch.study import Study, definition, execute, summarize
 from smalti.tokenizers.scalar import FSQConfig
 
@@ -50,7 +50,7 @@ def scored(monkeypatch):
 
 
 def plan(tmp_path, **changes):
-  rows = cli.load_sweep(str(tmp_path / 'rows.py'))
+  rows = trees.load_sweep(str(tmp_path / 'rows.py'))
   return Study('rows', {**rows, **changes}, tmp_path / 'out', tmp_path / 'results')
 
 

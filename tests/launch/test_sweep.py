@@ -10,12 +10,12 @@ import pytest
 from smalti.evaluation.manifest import read_file, read_scores
 from smalti.launch import (
   cells,
-  cli,
   curves,
   evaluate,
   judge as judges,
   run as runs,
   sweep as sweeps,
+  trees,
 )
 from smalti.launch.cells import Folder
 from smalti.launch.judge import Accumulation
@@ -28,7 +28,7 @@ N, BATCH = 40, 16
 
 def config(name, **overrides):
   # as in test_run.py, so that the programs are the same
-  return cli.load_config(f'{name}:debug', [
+  return trees.load_config(f'{name}:debug', [
       ('mesh.data', '1'), ('optimizer.schedule', 'constant'), ('optimizer.warmup', '0'),
       *((k.replace('__', '.'), str(v)) for k, v in overrides.items())])
 

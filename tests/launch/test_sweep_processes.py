@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from smalti.launch import cli
+from smalti.launch import trees
 from smalti.launch.train import train
 
 
@@ -34,8 +34,8 @@ def sweep(count, *arguments):
 
 @pytest.mark.slow
 def test_two_processes_sweep_as_one(tmp_path):
-  train(cli.load_config('digits_vq:debug', [('mesh.data', '1')]), tmp_path / 'tokenizer')
-  train(cli.load_config('digits_ar:debug', [
+  train(trees.load_config('digits_vq:debug', [('mesh.data', '1')]), tmp_path / 'tokenizer')
+  train(trees.load_config('digits_ar:debug', [
       ('mesh.data', '1'), ('tokenizer', str(tmp_path / 'tokenizer'))]), tmp_path / 'ar')
   asked = [f'--workdir={tmp_path / "ar"}', '--settings.temperature=1,0.9', '--n=40',
            '--batch_size=16']
