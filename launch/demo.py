@@ -58,8 +58,7 @@ def demo(workdir: pathlib.Path, size: str = 'base', *, results: pathlib.Path | N
   seconds = time.perf_counter() - begin
   if results is not None:
     provenance.record(results, f'smalti demo --workdir={workdir}', {
-        name: {row.name: {'value': row.value, **row.beside} for row in rows}
-        for name, rows in tables.items()}, seconds=seconds, seed=0)
+        name: scoring.table(rows) for name, rows in tables.items()}, seconds=seconds, seed=0)
   say(f'Done in {seconds:.0f} s. Open {page}')
 
 

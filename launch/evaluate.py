@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from smalti.data.captions import CaptionsConfig
 from smalti.evaluation import agreement, captions, codes, features, memorization
 from smalti.evaluation.manifest import Score, read_file, write_scores
 from smalti.evaluation.perceptual import Net
-from smalti.launch import cli, extractors, run as runs, state as states, trees
+from smalti.launch import cli, extractors, provenance, run as runs, state as states, trees
 from smalti.launch.fidelity import tokenizer_scores
 from smalti.launch.gallery import open_gallery
 from smalti.launch.judge import (
@@ -235,6 +236,11 @@ def generator_scores(loaded: runs.Loaded, codec: runs.Loaded, scores: Scores, ju
   return samples
 
 
+def table(scores: Sequence[Score]) -> dict[str, dict[str, Any]]:
+  """What `provenance.record` keeps of scores: each with the numbers beside it, by name."""
+  return {score.name: {'value': score.value, **score.beside} for score in scores}
+
+
 def evaluate(workdir: str, *, n: int = 1000, seed: int = 0, name: str | None = None,
              tokenizer: str | None = None, settings: dict[str, str] | None = None,
              weights: str = 'ema', extractor: str | None = None, batch_size: int = 64,
@@ -398,6 +404,8 @@ def define(values: Any) -> None:
   flags.DEFINE_string('tokenizer', None, 'Where the tokenizer was moved to.', flag_values=values)
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'Averaged or last weights.',
                     flag_values=values)
+  flags.DEFINE_string('results', None, 'Also records the scores of a run in this JSON file.',
+                      flag_values=values)
   cli.define_settings(values)
 
 
@@ -416,10 +424,12 @@ def main(values: Any) -> int:
     raise ValueError('evaluate needs --workdir=RUN, or --samples=FILE.npz --data=CONFIG.')
   if values.n < 2 or values.batch_size < 1:
     raise ValueError(f'n={values.n} must be 2 or more, and batch_size={values.batch_size} 1.')
-  evaluate(values.workdir, n=values.n, seed=values.seed, name=values.name,
-           tokenizer=values.tokenizer, settings=values.settings, weights=values.weights,
-           extractor=values.extractor, batch_size=values.batch_size, lpips=values.lpips,
-           inception_weights=values.inception_weights)
+  found = evaluate(
+      values.workdir, n=values.n, seed=values.seed, name=values.name, tokenizer=values.tokenizer,
+      settings=values.settings, weights=values.weights, extractor=values.extractor,
+      batch_size=values.batch_size, lpips=values.lpips, inception_weights=values.inception_weights)
+  if values.results:
+    provenance.record(values.results, None, table(found), seed=values.seed)
   return 0
 
 

@@ -25,6 +25,7 @@ from smalti.launch import (
     cli,
     evaluate,
     pictures,
+    provenance,
     run as runs,
     sample as sampling,
     state as states,
@@ -155,6 +156,8 @@ def define(values: Any) -> None:
   flags.DEFINE_string('tokenizer', None, 'Where the tokenizer was moved to.', flag_values=values)
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'Averaged or last weights.',
                     flag_values=values)
+  flags.DEFINE_string('results', None, 'Also records the numbers in this JSON file.',
+                      flag_values=values)
   cli.define_settings(values)
 
 
@@ -217,6 +220,8 @@ def main(values: Any) -> int:
   pictures.save_grid(path, tiles.reshape(-1, *tiles.shape[2:]), columns=len(shown),
                      labels=list(shown) * len(tiles))
   runs.write_json(folder / 'infills' / f'{name}.json', item)
+  if values.results:
+    provenance.record(values.results, None, {'infilling': item}, config=generator.stored)
   say(f'{path}')
   return 0
 

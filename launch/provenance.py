@@ -1,7 +1,7 @@
 """Results with what is needed to repeat them: the one writer of docs/results/*.json.
 
 A number in the README or in docs/ comes from a file written here, by the command that measured it.
-Paths of the machine are left out of the recorded command: they mean nothing to the next reader.
+Absolute paths are shortened to their last part: they mean nothing to the next reader.
 """
 
 import datetime
@@ -44,7 +44,7 @@ def record(
   """
   document = {
       'format': FORMAT,
-      'command': portable(command),
+      'command': _line(command),
       **source(),
       'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%dT%H:%M:%SZ'),
       'seconds': round(time.perf_counter() - _STARTED if seconds is None else seconds, 2),
@@ -57,20 +57,15 @@ def record(
   document = {**document, **extra, 'results': results}
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(document, indent=2, default=_plain, allow_nan=False) + '\n'
+  text = portable(json.dumps(document, indent=2, default=_plain, allow_nan=False)) + '\n'
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
   temporary.write_text(text)
   temporary.replace(path)  # a reader sees the old file or the new one, never half of one
   return json.loads(text)
 
 
-def portable(command: str | Sequence[str] | None) -> str:
-  """`command` as one line, absolute paths shortened to their last part: .../python."""
-  if command is None:
-    program = Path(sys.argv[0])
-    module = ['python', '-m', f'smalti.launch.{program.stem}']
-    command = [*(['smalti'] if program.name == 'smalti' else module), *sys.argv[1:]]
-  text = command if isinstance(command, str) else shlex.join(command)
+def portable(text: str) -> str:
+  """Absolute paths in a text shortened to their last part: .../python."""
   return re.sub(r'(?<![\w.:/])/(?:[^\s/\'",;]+/)+', '.../', text)
 
 
@@ -112,6 +107,15 @@ def load(path: str | os.PathLike) -> Mapping[str, Any]:
         f'{path} has format {document.get("format")!r}, this version reads {FORMAT}; '
         f'it was written by smalti {document.get("versions", {}).get("smalti")}.')
   return document
+
+
+def _line(command: str | Sequence[str] | None) -> str:
+  """What a reader types, as one line."""
+  if command is None:
+    program = Path(sys.argv[0])
+    module = ['python', '-m', f'smalti.launch.{program.stem}']
+    command = [*(['smalti'] if program.name == 'smalti' else module), *sys.argv[1:]]
+  return command if isinstance(command, str) else shlex.join(command)
 
 
 def _git(*arguments: str) -> str | None:

@@ -9,7 +9,7 @@ from PIL import Image
 from smalti.data.digits import DigitsConfig
 from smalti.evaluation.manifest import read_file, read_scores
 from smalti.evaluation.summary import Accumulator
-from smalti.launch import cli, evaluate, judge as judges, trees
+from smalti.launch import cli, evaluate, judge as judges, provenance, trees
 from smalti.launch.train import train
 
 
@@ -158,7 +158,8 @@ def test_a_run_that_is_trained_further_is_asked_for_what_was_scored(tmp_path, mo
   monkeypatch.setattr(evaluate, 'tokenizer_scores', lambda loaded, scores, *args, **kwargs: (
       scores.add('psnr', float(loaded.step), samples=1)))
   train_to(1)
-  assert cli.main(['evaluate', f'--workdir={tmp_path / "run"}']) == 0
+  assert cli.main(['evaluate', f'--workdir={tmp_path}/run', f'--results={tmp_path}/r.json']) == 0
+  assert provenance.load(tmp_path / 'r.json')['results'] == {'psnr': {'value': 1.0}}
   scores = str(tmp_path / 'run' / 'scores.json')
   train_to(2)
   assert evaluate.repeat(scores) == 0

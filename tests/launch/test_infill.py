@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from smalti.generators.autoregressive import AutoregressiveSettings
-from smalti.launch import cli, history, infill
+from smalti.launch import cli, history, infill, provenance
 from smalti.launch.train import train
 from smalti.tokenizers.spec import TokenSpec
 
@@ -82,10 +82,13 @@ def generator(tmp_path_factory):
 
 def test_a_run_completes_its_held_out_examples(generator, capfd):
   assert cli.main(['infill', f'--workdir={generator}', '--n=20', '--draws=2', '--hide=bottom',
-                   '--settings.sampler=first_hitting', '--settings.guidance=2']) == 0
+                   '--settings.sampler=first_hitting', '--settings.guidance=2',
+                   f'--results={generator}/infilling.json']) == 0
   assert 'class read off' in capfd.readouterr().err
   (path,) = (generator / 'infills').glob('*.png')
   item = json.loads(path.with_suffix('.json').read_text())
+  recorded = provenance.load(generator / 'infilling.json')['results']['infilling']
+  assert recorded == {**item, 'generator': '.../generator'}
   assert item['exact'] == 1.0 and item['hide'] == 'bottom' and item['n'] == 20
   shares = item['agreement']
   assert set(shares) == {'completed', 'true', 'another'}

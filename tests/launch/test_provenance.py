@@ -33,8 +33,10 @@ def test_the_commit_is_the_one_git_names(tmp_path):
     (['smalti', 'train', '--workdir', '/home/ada/run'], 'smalti train --workdir .../run'),
     ('curl https://example.org/a/b', 'curl https://example.org/a/b'),
 ])
-def test_commands_keep_no_absolute_path(given, kept):
-  assert provenance.portable(given) == kept
+def test_no_absolute_path_is_kept(given, kept, tmp_path):
+  written = provenance.record(tmp_path / 'a.json', given, {'run': '/home/ada/run', 'rate': '1/s'})
+  assert written['command'] == kept
+  assert written['results'] == {'run': '.../run', 'rate': '1/s'}
 
 
 def test_what_record_refuses(tmp_path):
