@@ -193,7 +193,7 @@ class Binary(Generator):
     if train and labels is not None:
       dropped = jax.random.bernoulli(drop, self.label_dropout, labels.shape)
       labels = jnp.where(dropped, self.classes, labels)
-    u = schedules.stratified(time, len(bits))
+    u = schedules.strata(batch, time)
     t = 1 + jnp.minimum((u * self.steps).astype(jnp.int32), self.steps - 1)
     kept = jnp.asarray(self.kept, jnp.float32)
     z = flip(bits, jax.random.uniform(noise, bits.shape), kept[t])

@@ -153,13 +153,12 @@ class BlockDiffusion(Generator):
     """
     del step
     tokens, labels = self._read(batch)
-    drop, strata, hide, inner = jax.random.split(key, 4)
+    drop, times, hide, inner = jax.random.split(key, 4)
     if train and labels is not None:
       dropped = jax.random.bernoulli(drop, self.label_dropout, labels.shape)
       labels = jnp.where(dropped, self.classes, labels)
     # strata over batch and blocks, those of one row far apart
-    u = schedules.stratified(strata, tokens.shape[0] * self.blocks)
-    u = u.reshape(self.blocks, len(tokens)).T
+    u = (schedules.strata(batch, times)[:, None] + jnp.arange(self.blocks)) / self.blocks
     if train:
       masked, weight, unbiased = masking.by_rate(hide, u, self.block_size, self.rates)
     else:

@@ -245,7 +245,7 @@ class Masked(Generator):
       dropped = jax.random.bernoulli(drop, self.label_dropout, labels.shape)
       labels = jnp.where(dropped, self.classes, labels)
     first, second = jax.random.split(mask)
-    u = schedules.stratified(first, len(tokens))
+    u = schedules.strata(batch, first)
     if not train:
       masked, weight = masking.by_count(second, u, real)
     elif self.objective == 'elbo':

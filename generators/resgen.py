@@ -218,7 +218,7 @@ class ResGen(Generator):
       labels = jnp.where(dropped, self.classes, labels)
     first, second = jax.random.split(mask)
     total = self.spec.length * self.spec.depth
-    share = schedules.ratio(self.ratio, schedules.stratified(first, len(tokens)))
+    share = schedules.ratio(self.ratio, schedules.strata(batch, first))
     left = jnp.clip(jnp.ceil(share * total).astype(jnp.int32), 1, total)
     count = deepest(jax.random.uniform(second, tokens.shape), jnp.ones(tokens.shape, bool), left)
     z, found = self._standard(tokens, count), self.mixture(tokens, count, labels, key=inner,

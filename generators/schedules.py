@@ -11,6 +11,7 @@ static and all floats may be traced.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -127,6 +128,11 @@ def stratified(key: Array, size: int) -> Float[Array, 'b']:
   (u_i + i)/size ties each row to its stratum.
   """
   return (jax.random.uniform(key) + jnp.arange(size) / size) % 1
+
+
+def strata(batch: Mapping[str, Array], key: Array) -> Float[Array, 'b']:
+  """A batch's entry `strata`, by which its micro-batches share those of the whole, or new ones."""
+  return batch['strata'] if 'strata' in batch else stratified(key, len(batch['tokens']))
 
 
 def ratio(name: Ratio, u: Float[Array, '*b'] | Float[np.ndarray, '*b']

@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from smalti.generators.schedules import stratified
 from smalti.launch import state as states
 from smalti.networks.pixels import to_float
 from smalti.tokenizers.quantizer import absorb, combine
+
+STRATA = 2**31 - 1  # folded into a step's key, beyond all micro-batches
 
 
 def inputs(batch: dict, frozen: dict | None = None) -> dict:
@@ -38,7 +41,8 @@ def train_step(state: dict, batch: dict, key: jax.Array, frozen: dict | None = N
   Args:
     state: step, params, buffers, ema, optimizer (see `launch/state.py`); donate it.
     batch: arrays with a leading batch axis; micro-batch i is rows i::accumulate.
-    key: the key of all steps; the step is folded in, then the micro-batch.
+    key: the key of all steps; the step is folded in, then the micro-batch. Times of a diffusion are
+      spread over the whole batch: its entry `strata` is one number in [0, 1) for every example.
     frozen: modules that are not trained: 'tokenizer' encodes images where the batch holds no
       tokens, the others are entries of the batch for the loss.
 
@@ -47,6 +51,8 @@ def train_step(state: dict, batch: dict, key: jax.Array, frozen: dict | None = N
   """
   batch, step = inputs(batch, frozen), state['step']
   key = jax.random.fold_in(key, step)
+  size = jax.tree.leaves(batch)[0].shape[0]
+  batch = {**batch, 'strata': stratified(jax.random.fold_in(key, STRATA), size)}
 
   def loss(params, rows, key):
     model = structure.merge(params, state['buffers'])

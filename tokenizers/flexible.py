@@ -244,7 +244,7 @@ class FlexTok(Tokenizer):
         keep = draw_budget(cut, count, self.spec.length, self.schedule)
       null = jax.random.bernoulli(drop, self.null, (count,))
     t = flow.draw_times(time, count, self.times, location=self.location,
-                        stratified=self.stratified or not train)
+                        stratified=self.stratified or not train, strata=batch.get('strata'))
     noise = jax.random.normal(draw, (patches.size,)).reshape(patches.shape)
     velocity = self.decoder(flow.mix(patches, noise, t), self.condition(q.vectors, keep, null), t,
                             key=up, train=train)

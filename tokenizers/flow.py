@@ -55,17 +55,18 @@ class FlowSettings:
 
 
 def draw_times(key: Array, batch: int, law: Times = 'logit_normal', *, location: float = 0.0,
-               stratified: bool = False) -> Float[Array, 'b']:
+               stratified: bool = False, strata: Float[Array, 'b'] | None = None
+               ) -> Float[Array, 'b']:
   """Noise levels in [0, 1]: sigmoid(N(location, 1)), or U(0, 1).
 
   `stratified` draws the i-th of the batch from the i-th of as many equally likely ranges, which
-  lowers the variance of the loss.
+  lowers the variance of the loss; `strata`, uniform over [0, 1), are taken instead where given.
   """
   if law not in ('logit_normal', 'uniform'):
     raise ValueError(f'times={law!r} must be logit_normal or uniform.')
   u = jax.random.uniform(key, (batch,))
   if stratified:
-    u = (jnp.arange(batch) + u) / batch
+    u = (jnp.arange(batch) + u) / batch if strata is None else strata
   return u if law == 'uniform' else jax.nn.sigmoid(location + jax.scipy.special.ndtri(u))
 
 

@@ -43,12 +43,33 @@ class Line(nnx.Module):
     return value, {'metrics': {'error': value}, 'weight': weight, 'statistics': None}
 
 
+class Strata(nnx.Module):
+  """The gradient counts the examples in each of 16 ranges of times."""
+
+  def __init__(self, rngs=None):
+    self.kernel = nnx.Param(jnp.zeros(16))
+
+  def loss(self, batch, *, step, key, train):
+    value = jnp.mean(self.kernel[(16 * batch['strata']).astype(jnp.int32)])
+    return value, {'metrics': {}, 'weight': 1.0, 'statistics': None}
+
+
 def start(model, optimizer, ema=None, **options):
   structure = states.Structure.of(model)
   state = states.init(lambda rngs: model, optimizer, jax.random.key(0), ema=ema is not None)
   step = jax.jit(functools.partial(
       train_step, structure=structure, optimizer=optimizer, ema=ema, **options))
   return state, step
+
+
+@pytest.mark.parametrize('accumulate', [1, 4, 16])
+def test_micro_batches_share_the_times_of_their_batch(accumulate):
+  state, step = start(Strata(), optax.sgd(1.0), accumulate=accumulate)
+  even = 0
+  for seed in range(50):
+    found, _ = step(state, {'x': jnp.zeros(16)}, jax.random.key(seed))
+    even += bool(jnp.allclose(found['params']['kernel'], -1 / 16))
+  assert even >= 48  # a time may round into the next range
 
 
 def test_two_players_follow_the_orbit_of_simultaneous_gradient_descent(key):
