@@ -5,7 +5,7 @@
 #   test-oldest  the tests on Python 3.11, in .venv-3.11
 #   laws         the tests marked slow as well: heavier evidence for what the README promises
 #   matrix       every generator on the tokens of every tokenizer, some minutes
-#   survival     forty killed runs against undisturbed ones, flipped bits, full disks: half an hour
+#   survival     sixty kills of three runs, against undisturbed ones; flipped bits, full disks
 #   bench        ratio tables into docs/results; PEER=/path/python adds the named peers beside ours
 #   notebooks    executes every notebook
 #   clean        removes caches and build products; .venv and runs stay

@@ -32,6 +32,7 @@ class MaskedUNetConfig(MaskedConfig):
     patch: side of the transformer's patches, which divides the grid.
     dropout: in the residual blocks.
     remat: recompute residual blocks in the backward pass.
+    dtype: of products and activations; parameters are float32.
   """
   transformer: TransformerConfig | None = None  # type: ignore[assignment]
   width: int = 128

@@ -64,6 +64,7 @@ class TransformerConfig:
       et al. 2017, arXiv 1706.03762, section 3.2.3); 0 is none.
     remat: recompute blocks in the backward pass: a fifth of the memory, 17 % slower on a CPU.
       Small models do without.
+    dtype: of products and activations; parameters, norms, softmax and logits are float32.
   """
   layers: int
   width: int
