@@ -1,9 +1,9 @@
 """Every generator and sampler on MNIST: smalti sweep --config=generators.
 
 MNIST becomes 7 x 7 positions of 6 bits (one code of 64, two residual codes of 8, six bits), or 16
-ordered registers of 6 bits. The transformers have 4 blocks of 128 channels, about a million parameters
-and 2,500 steps, some minutes on two cores. Rows of one model differ in the sampler and share their
-training run. A row names its tokenizer, which is trained first.
+ordered registers of 6 bits. The transformers have 4 blocks of 128 channels, about a million
+parameters and 2,500 steps, some minutes on two cores. Rows of one model differ in the sampler and
+share their training run. A row names its tokenizer, which is trained first.
 
 The rows `cifar10 ...` have the same transformers on 32 x 32 colour pictures: 8 x 8 positions of 10
 bits, from the tokenizers of `quantizers`.

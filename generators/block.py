@@ -157,8 +157,10 @@ class BlockDiffusion(Generator):
     if train and labels is not None:
       dropped = jax.random.bernoulli(drop, self.label_dropout, labels.shape)
       labels = jnp.where(dropped, self.classes, labels)
-    # strata over batch and blocks, those of one row far apart
-    u = (schedules.strata(batch, times)[:, None] + jnp.arange(self.blocks)) / self.blocks
+    # strata over batch and blocks, those of one row far apart; every block has each of them in turn
+    turn = jax.random.randint(jax.random.fold_in(times, 1), (), 0, self.blocks)
+    place = (jnp.arange(self.blocks) + turn) % self.blocks
+    u = (schedules.strata(batch, times)[:, None] + place) / self.blocks
     if train:
       masked, weight, unbiased = masking.by_rate(hide, u, self.block_size, self.rates)
     else:

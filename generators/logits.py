@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from smalti.networks import categorical
+from smalti.networks.categorical import first
+
 Scalar = Float[Array, ''] | float
 
 
@@ -162,28 +165,13 @@ def keep_min(logits: Float[Array, '*b v'], fraction: Scalar) -> Float[Array, '*b
 
 
 def draw(logits: Float[Array, 'b *n v'], keys: Array) -> Int[Array, 'b *n']:
-  """One id per row by inverse CDF: the only categorical draw.
-
-  With p = softmax(logits), c its cumulative sum and u uniform in (0, 1], the id is the first with
-  c >= u max(c) and p > 0. The second condition matters: XLA's cumulative sum is not monotone, and
-  counting c < u drew a forbidden id once in 2,000,000. `jax.random.categorical` truncates its fp32
-  Gumbel noise at 15.94, which silently lowers the temperature.
+  """One id per row, see `categorical.draw`.
 
   Args:
     keys: one key per example; an example's draws depend on its own key and logits alone.
   """
   uniform = jax.vmap(lambda key: jax.random.uniform(key, logits.shape[1:-1]))(keys)
-  probability = jax.nn.softmax(logits.astype(jnp.float32), -1)
-  cumulative = jnp.where(probability > 0, jnp.cumsum(probability, -1), -1.0)
-  total = jnp.max(cumulative, -1, keepdims=True)
-  return first(cumulative >= (1 - uniform)[..., None] * total)
-
-
-def first(hits: Bool[Array, '*b v']) -> Int[Array, '*b']:
-  """The first True of each row (the last id where there is none): argmax, vectorised on CPU."""
-  size = hits.shape[-1]
-  place = jnp.arange(size, dtype=jnp.int32)
-  return jnp.min(jnp.where(hits, place, size - 1), -1)
+  return categorical.draw(logits, uniform)
 
 
 def pick(logits: Float[Array, '*b v'], tokens: Int[Array, '*b']) -> Float[Array, '*b']:

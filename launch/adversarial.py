@@ -1,4 +1,6 @@
-"""What 1,000 steps against a discriminator give: `python -m smalti.launch.adversarial --runs=DIR --out=FILE.json`.
+"""What 1,000 steps against a discriminator give.
+
+`python -m smalti.launch.adversarial --runs=DIR --out=FILE.json`.
 
 Per seed, one tokenizer is trained on squared error to the end of its schedule, and goes on from
 there twice, with and without a discriminator (configs/adversarial.py). Each of the three is scored

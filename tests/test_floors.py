@@ -29,6 +29,7 @@ LIGHT_FOLDERS = ('networks', 'tokenizers', 'generators', 'launch/step.py', 'laun
 CLUSTER = {'wandb', 'orbax'}  # launch only
 MESH = {'Mesh', 'PartitionSpec', 'NamedSharding', 'make_mesh'}  # launch only, but for:
 MESH_ALLOWED = {('networks/layers.py', 'PartitionSpec')}
+KEYED = ('networks', 'tokenizers', 'generators')  # what they draw is from the keys they are given
 TORCH_ALLOWED = 'launch/peers/'  # scripts that another interpreter runs, beside which we measure
 FORBIDDEN_IMPORTS = {'pickle', 'cPickle', 'dill', 'cloudpickle', 'shelve', 'marshal', 'joblib'}
 FORBIDDEN_CALLS = {'eval', 'exec', 'os.system', 'os.popen', 'torch.load', 'yaml.load'}
@@ -71,6 +72,9 @@ def violations(path: str, text: str) -> list[str]:
     if name == 'P' and folder != 'launch' and isinstance(node, ast.Attribute):
       if ast.unparse(node) == 'jax.P' and path != 'networks/layers.py':
         refuse(node, 'jax.P outside launch')
+    if folder in KEYED and isinstance(node, ast.Attribute):
+      if ast.unparse(node) in ('np.random', 'numpy.random'):
+        refuse(node, 'numpy.random; draw from a key')
   return found
 
 
@@ -104,6 +108,9 @@ def _check_import(path, folder, module, name, refuse):
     refuse(f'{name} outside launch')
   if (module, name) == ('jax', 'P') and folder != 'launch' and path != 'networks/layers.py':
     refuse('jax.P outside launch')
+  if folder in KEYED and (top in ('random', 'secrets') or module == 'numpy.random'
+                          or (module, name) == ('numpy', 'random')):
+    refuse(f'{module} draws from a state of its own; draw from a key')
   if path == 'tokenizers/spec.py' and top not in SPEC_ONLY and not _standard(top):
     refuse(f'tokenizers/spec.py imports {top}, numpy alone is allowed')
 
@@ -187,6 +194,13 @@ CONFIG = 'import dataclasses\n@dataclasses.dataclass\nclass XConfig:\n  a: int =
     ('launch/bad.py', 'import torch'),
     ('launch/bad.py', 'import tensorflow as tf'),
     ('tokenizers/bad.py', 'from __future__ import annotations\n' + CONFIG),
+    ('tokenizers/bad.py', 'import random\nx = random.random()'),
+    ('generators/bad.py', 'def f():\n  from random import shuffle'),
+    ('networks/bad.py', 'import numpy as np\nx = np.random.normal(size=3)'),
+    ('generators/bad.py', 'import numpy as np\nrng = np.random.default_rng()'),
+    ('tokenizers/bad.py', 'import numpy\nnumpy.random.seed(0)'),
+    ('networks/bad.py', 'from numpy import random'),
+    ('networks/bad.py', 'from numpy.random import normal'),
 ])
 def test_a_bad_module_is_caught(path, text):
   assert violations(path, text)
@@ -202,6 +216,8 @@ def test_a_bad_module_is_caught(path, text):
     ('launch/peers/llama.py', 'import torch'),
     ('data/good.py', 'import numpy as np\nnp.load("x", allow_pickle=False)'),
     ('tokenizers/good.py', CONFIG),
+    ('tokenizers/good.py', 'import jax\nx = jax.random.normal(jax.random.key(0))'),
+    ('data/good.py', 'import random\nimport numpy as np\nrng = np.random.default_rng(0)'),
 ])
 def test_a_good_module_passes(path, text):
   assert not violations(path, text)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from smalti.networks import categorical
 from smalti.tokenizers.search import by_chunks, chunk_rows, distance_scores
 from smalti.tokenizers.statistics import mean
 
@@ -66,10 +67,8 @@ class StochasticConfig(AssignmentConfig):
              valid: Bool[Array, 'n'] | None) -> Int[Array, 'n']:
     del valid  # vectors do not see each other
 
-    def draw(z, u):
-      up_to = jnp.cumsum(jax.nn.softmax(distance_scores(z, codes) / self.temperature), -1)
-      below = jnp.sum(up_to <= u[:, None] * up_to[:, -1:], -1, dtype=jnp.int32)
-      return jnp.minimum(below, codes.shape[0] - 1)
+    def draw(z, uniform):
+      return categorical.draw(distance_scores(z, codes) / self.temperature, uniform)
 
-    u = jax.random.uniform(key, (z.shape[0],))
-    return by_chunks(draw, chunk_rows(z.shape[0], codes.shape[0]), z, u)
+    uniform = jax.random.uniform(key, (z.shape[0],))
+    return by_chunks(draw, chunk_rows(z.shape[0], codes.shape[0]), z, uniform)

@@ -64,16 +64,18 @@ def bound(table, steps, visited=None, **options):
 # ---- the process
 
 
-@pytest.mark.parametrize('name', ['linear', 'cosine', 'sigmoid'])
-def test_steps_of_any_stride_compose(name):
+@pytest.mark.parametrize('name, golden', [
+    ('linear', (.75, .5, .25)), ('cosine', (.8535534, .5, .1464466)),
+    ('sigmoid', (.5417526, .2305695, .0705943))])
+def test_steps_of_any_stride_lead_back_to_the_marginals(name, golden):
+  np.testing.assert_allclose(schedules.kept(name, 4)[1:4], golden, atol=5e-8)
   kept = schedules.kept(name, 16)
   assert kept[0] == 1 and kept[-1] == 0 and (np.diff(kept) < 0).all()
+  z_t, z_0 = jnp.indices((2, 2))
   for s, t in [(1, 2), (3, 9), (15, 16), (1, 16)]:
-    ratio = kept[t] / kept[s]
-    for start in (0, 1):
-      one = kept[s] * start + (1 - kept[s]) / 2
-      after = one * (1 + ratio) / 2 + (1 - one) * (1 - ratio) / 2
-      assert after == pytest.approx(kept[t] * start + (1 - kept[t]) / 2)
+    seen = np.where(z_t == z_0, 1 + kept[t], 1 - kept[t]) / 2
+    back = np.sum(seen * posterior(z_t, z_0, jnp.asarray(kept[s]), jnp.asarray(kept[t])), 0)
+    np.testing.assert_allclose(back, kept[s] * np.arange(2) + (1 - kept[s]) / 2, atol=1e-6)
 
 
 def test_the_posterior_is_that_of_bayes():
@@ -107,8 +109,8 @@ def test_the_bound_of_one_bit_is_its_entropy_with_the_mixture_alone(steps, produ
 
 
 @pytest.mark.parametrize('steps, mixture, product', [
-    (1, 1.366159, None), (2, 1.334926, None), (4, 1.309094, 1.389046), (16, 1.287307, 1.617139),
-    (64, 1.281720, 1.748389)])
+    (1, 1.366159, None), (2, 1.334926, None), (4, 1.309094, 1.389046), (8, 1.294702, None),
+    (16, 1.287307, 1.617139), (64, 1.281720, 1.748389), (256, 1.280321, 1.799293)])
 def test_the_bound_of_two_bits_falls_to_their_entropy(steps, mixture, product):
   assert bound(P, steps) == pytest.approx(mixture, abs=2e-5)
   if product:
@@ -222,6 +224,15 @@ def test_many_steps_bring_the_chain_to_the_table():
   assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 0.01
 
 
+def test_temperature_divides_the_logits():
+  """Odds of 9 become 3 at temperature 2 and 81 at one half."""
+  laws = {2.0: [.25, .75], .5: [1 / 82, 81 / 82]}
+  for (temperature, law), wrong in zip(laws.items(), [*laws.values()][::-1]):
+    found = counts(Exact([.1, .9], steps=8), steps=1, temperature=temperature)
+    assert stats.chisquare(found, np.array(law) * found.sum()).pvalue > 1e-3
+    assert stats.chisquare(found, np.array(wrong) * found.sum()).pvalue < 1e-6  # the control
+
+
 def test_temperature_zero_and_threshold_are_the_likelier_value():
   for options in (dict(temperature=0.0), dict(last='threshold')):
     assert counts(Exact([.1, .9], steps=8), n=100, steps=1, **options)[1] == 100
@@ -277,6 +288,24 @@ def test_guidance_of_one_is_conditional_and_the_null_label_is_unconditional():
   np.testing.assert_array_equal(draw(label, 0.0).tokens, draw(None, None).tokens)
   assert (draw(label, None).tokens != draw(None, None).tokens).any()
   assert draw(label, 1.0).nfe == 16 and draw(label, None).nfe == 8
+
+
+def test_labels_are_dropped_per_example_and_only_in_training():
+  seen = []
+
+  class Watched(Binary):
+    def logits(self, z, t, labels, **_):
+      seen.append(np.asarray(labels))
+      return jnp.zeros(z.shape)
+
+  model = Watched(config(classes=4, label_dropout=.5), PAIR, rngs=nnx.Rngs(0))
+  batch = {'tokens': jnp.tile(PAIRS, (64, 1, 1)), 'label': jnp.arange(256) % 4}
+  for train in (True, False):
+    model.loss(batch, step=jnp.array(0), key=jax.random.key(0), train=train)
+  dropped, kept = seen
+  assert 90 < (dropped == 4).sum() < 166
+  np.testing.assert_array_equal(dropped[dropped < 4], (np.arange(256) % 4)[dropped < 4])
+  np.testing.assert_array_equal(kept, np.arange(256) % 4)
 
 
 def test_what_makes_no_sense_is_refused():

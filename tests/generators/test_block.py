@@ -425,6 +425,20 @@ def test_strings_are_drawn_from_their_law_and_their_bound_is_tight():
   np.testing.assert_allclose(bound, np.log(table[tuple(rows.T)]), atol=1e-5)
 
 
+def test_the_loss_is_the_mean_over_tokens_and_not_over_strings():
+  model = strings()
+  table = np.array(model.tables[0]).reshape((4,) * 4)
+  rows = np.argwhere(table > 0)
+  nats, valid = -np.log(table[tuple(rows.T)]), np.minimum((rows < 3).sum(-1) + 1, 4)
+  batch = {'tokens': jnp.asarray(rows)[..., None]}
+  draws = jax.jit(lambda keys: jax.lax.map(lambda key: model.loss(
+      batch, step=jnp.array(0), key=key, train=False)[0], keys))(
+          jax.random.split(jax.random.key(3), 256))
+  error = np.std(draws) / 16
+  assert abs(np.mean(draws) - nats.sum() / valid.sum()) < 4 * error
+  assert abs(np.mean(draws) - np.mean(nats / valid)) > 8 * error
+
+
 def test_end_facts_hold_without_being_learned():
   spec = TokenSpec(grid=(4,), vocab=(4,), eos=3)
   model = BlockDiffusion(config(block_size=2), spec, rngs=nnx.Rngs(0))  # uniform

@@ -11,7 +11,7 @@ from flax import nnx
 from hypothesis import given, settings as laws, strategies as st
 from scipy import stats
 
-from smalti.generators.delay import DelayConfig, DelaySettings, Pattern
+from smalti.generators.delay import Delay, DelayConfig, DelaySettings, Pattern
 from smalti.generators.generator import example_keys, generate
 from smalti.networks.transformer import TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
@@ -145,6 +145,25 @@ def test_labels_matter_and_samples_do_not_depend_on_their_neighbours():
   tokens = jnp.broadcast_to(every()[17], (3, 2, 2))
   found = log_prob(model, {'tokens': tokens, 'label': jnp.arange(3)})
   assert len(set(np.asarray(found).tolist())) == 3
+
+
+def test_labels_are_dropped_per_example_and_only_in_training():
+  seen = []
+
+  class Watched(Delay):
+    def _nll(self, tokens, label, keys):
+      seen.append(np.asarray(label))
+      return jnp.zeros(tokens.shape)
+
+  model = Watched(DelayConfig(classes=4, label_dropout=.5, transformer=TransformerConfig(
+      layers=1, width=16, heads=2)), SPEC, rngs=nnx.Rngs(0))
+  batch = {'tokens': jnp.zeros((256, 2, 2), jnp.int32), 'label': jnp.arange(256) % 4}
+  for train in (True, False):
+    model.loss(batch, step=jnp.array(0), key=jax.random.key(0), train=train)
+  dropped, kept = seen
+  assert 90 < (dropped == 4).sum() < 166
+  np.testing.assert_array_equal(dropped[dropped < 4], (np.arange(256) % 4)[dropped < 4])
+  np.testing.assert_array_equal(kept, np.arange(256) % 4)
 
 
 def test_known_codes_stay_and_early_ones_condition_exactly():

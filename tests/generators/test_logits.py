@@ -221,6 +221,16 @@ def test_the_largest_uniform_draws_an_allowed_id(key, monkeypatch):
   assert not support[jnp.argmax(naive >= jnp.max(naive, -1, keepdims=True), -1)].all()
 
 
+def test_the_smallest_uniforms_draw_the_tail(monkeypatch):
+  """An id of 2.6 / 2^23 of the mass is drawn by three of the 2^23 uniforms."""
+  steps = np.arange(6) * 2.0 ** -23
+  rare = np.exp(-15.0) / (1 + np.exp(-15.0))
+  np.testing.assert_array_equal(steps < rare, [True, True, True, False, False, False])
+  monkeypatch.setattr(jax.random, 'uniform', lambda key, shape: jnp.asarray(steps, jnp.float32))
+  logits = jnp.broadcast_to(jnp.array([0.0, -15.0]), (1, 6, 2))
+  np.testing.assert_array_equal(ids.draw(logits, keys(1))[0], steps < rare)
+
+
 @pytest.mark.slow
 def test_forbidden_ids_are_never_drawn_in_four_million_draws(key):
   size = 1024

@@ -302,6 +302,17 @@ def test_ancestral_sampler_mixes_in_what_is_revealed_together(grid, steps, weigh
   assert not fits(counts, P)
 
 
+@pytest.mark.parametrize('grid, weight', [('uniform', .25), ('cosine', .30448187)])
+def test_the_grid_of_the_sampler_is_not_warped_again_by_the_schedule(grid, weight):
+  """Times of the sampler are those of the linear schedule, whatever the model's was."""
+  settings = MaskedSettings(sampler='ancestral', grid=grid, steps=4)
+  counts = frequencies(Exact(PAIR, P, schedule='cosine'), settings, n=100_000)
+  assert fits(counts, weight * INDEPENDENT + (1 - weight) * P)
+  alpha = schedules.named('cosine').alpha(1 - jnp.asarray(schedules.visible(grid, 4)))
+  warped = float(jnp.sum(jnp.diff(alpha) ** 2))  # the control
+  assert not fits(counts, warped * INDEPENDENT + (1 - warped) * P)
+
+
 def test_maskgit_choice_temperature_moves_between_greedy_and_exact():
   model = Exact(PAIR, P)
   greedy = frequencies(model, MaskedSettings(steps=2, choice_temperature=0.))
@@ -531,6 +542,20 @@ def test_bound_of_strings_is_tight():
   rows = np.argwhere(table > 0)
   bound = model.elbo({'tokens': jnp.asarray(rows)[..., None]}, mode='enumerate')
   np.testing.assert_allclose(bound, np.log(table[tuple(rows.T)]), atol=1e-5)
+
+
+def test_the_loss_is_the_mean_over_tokens_and_not_over_strings():
+  model = strings()
+  table = np.array(model.tables[0]).reshape((4,) * 4)
+  rows = np.argwhere(table > 0)
+  nats, valid = -np.log(table[tuple(rows.T)]), np.minimum((rows < 3).sum(-1) + 1, 4)
+  batch = {'tokens': jnp.asarray(rows)[..., None]}
+  draws = jax.jit(lambda keys: jax.lax.map(lambda key: model.loss(
+      batch, step=jnp.array(0), key=key, train=False)[0], keys))(
+          jax.random.split(jax.random.key(3), 256))
+  error = np.std(draws) / 16
+  assert abs(np.mean(draws) - nats.sum() / valid.sum()) < 4 * error
+  assert abs(np.mean(draws) - np.mean(nats / valid)) > 8 * error
 
 
 def test_end_facts_hold_without_being_learned():

@@ -80,6 +80,21 @@ def test_a_slot_reads_the_codes_before_it_and_is_told_what_comes_next():
   assert np.abs(base[1] - swapped[1]).max() > 1e-3  # the same codes before, another to predict
 
 
+@pytest.mark.parametrize('table, moved', [
+    ('place', {2: [1, 2], 0: [2], 1: []}), ('next', {2: [0, 1, 2], 0: [1, 2], 1: [2]})])
+def test_tables_of_places_follow_the_order_of_the_codes(table, moved):
+  """In the order 2, 0, 1 slot i reads the place of its code and of the next, then all see it."""
+  model = nnx.clone(build())
+  rows = getattr(model, table).embedding
+  before, tokens, label = rows[...], jnp.array([[1, 2, 3]]), jnp.zeros(1, int)
+  base = model._logits(tokens, label, None, jnp.array([[2, 0, 1]]))[0]
+  for row, outputs in moved.items():
+    rows[...] = before.at[row].multiply(-1)
+    change = np.abs(model._logits(tokens, label, None, jnp.array([[2, 0, 1]]))[0] - base).max(-1)
+    np.testing.assert_array_equal(np.flatnonzero(change), outputs)
+    assert (change[outputs] > 1e-3).all()
+
+
 @pytest.mark.parametrize('modulated', [False, True])
 def test_samples_report_the_log_probability_of_their_own_order(modulated):
   model, n = build(modulated), 64

@@ -315,6 +315,25 @@ def test_change_rate_of_gaussian_codebooks(ratio):
       assert abs(np.mean(rates) - ONE_SET[ratio]) < 2 * deviation
 
 
+def test_held_out_batches_say_how_many_positions_are_recoded():
+  spec = TokenSpec(grid=(6,), vocab=(7, 5, 4), order='depth')
+  vectors = books(spec.vocab, 3, .7)
+  tokens = np.random.default_rng(1).integers(0, spec.vocab, (50, 6, 3))
+
+  def changed(sizes):
+    book = np.asarray(vectors, np.float64)
+    rest, same = book[np.arange(3), tokens].sum(2), True
+    for d, size in enumerate(sizes):
+      code = np.square(rest[:, :, None] - book[d, :size]).sum(-1).argmin(-1)
+      rest, same = rest - book[d, code], same & (code == tokens[..., d])
+    return np.mean(~same)
+
+  batch = {'tokens': jnp.asarray(tokens, jnp.int32)}
+  found = judged(build(spec, vectors), batch, jax.random.key(0))[1]['metrics']['recoded']
+  assert float(found) == pytest.approx(changed(spec.vocab), abs=1e-6)
+  assert .2 < changed(spec.vocab) < changed((7, 7, 7)) - .01  # rows past an alphabet are no codes
+
+
 @pytest.mark.parametrize('count', range(5))
 def test_requantising_hidden_sums_returns_their_codes(count):
   spec = TokenSpec(grid=(6,), vocab=(7, 5, 4, 3), order='depth')
@@ -388,6 +407,20 @@ def test_without_confidence_counts_are_the_reverse_of_the_masking():
   law = hypergeometric(3, (3, 2, 0))
   assert chi_square(tally(first(choice_temperature=RANDOM)), law)
   assert not chi_square(tally(first(choice_temperature=0.)), law)  # the control
+
+
+def test_noise_on_the_confidence_keeps_its_tail(monkeypatch):
+  """Without mode='high' a float32 Gumbel is at most 15.94."""
+  modes, gumbel = [], jax.random.gumbel
+
+  def noted(*arguments, **options):
+    modes.append(options.get('mode'))
+    return gumbel(*arguments, **options)
+
+  monkeypatch.setattr(jax.random, 'gumbel', noted)
+  jax.eval_shape(lambda keys: build().sample(None, keys=keys, settings=ResGenSettings()).tokens,
+                 example_keys(0, jnp.arange(2)))
+  assert set(modes) == {'high'}
 
 
 @pytest.mark.parametrize('steps', (1, 5))
@@ -501,6 +534,25 @@ def test_labels_select_the_law():
   for label, law in ((0, LAW), (1, OTHER), (-1, (LAW + OTHER) / 2)):
     counts = frequencies(model, settings, condition={'label': jnp.full(20000, label)})
     assert chi_square(counts, as_law(law))
+
+
+def test_labels_are_dropped_per_example_and_only_in_training():
+  seen = []
+
+  class Watched(ResGen):
+    def mixture(self, tokens, count, labels, **options):
+      seen.append(np.asarray(labels))
+      return super().mixture(tokens, count, labels, **options)
+
+  model = Watched(config(classes=4, label_dropout=.5), SPEC, rngs=nnx.Rngs(0))
+  batch = {'tokens': jnp.tile(jnp.asarray(ARRAYS, jnp.int32), (16, 1, 1)),
+           'label': jnp.arange(256) % 4}
+  for train in (True, False):
+    model.loss(batch, step=jnp.array(0), key=jax.random.key(0), train=train)
+  dropped, kept = seen
+  assert 90 < (dropped == 4).sum() < 166
+  np.testing.assert_array_equal(dropped[dropped < 4], (np.arange(256) % 4)[dropped < 4])
+  np.testing.assert_array_equal(kept, np.arange(256) % 4)
 
 
 def test_guidance_interpolates_logits_means_and_log_deviations():

@@ -17,10 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from smalti.launch import manifest
+from smalti.launch import manifest, state as states
 from smalti.launch.checkpoint import CheckpointError, Checkpoints
+from smalti.tokenizers.autoencoder import AutoencoderConfig
+from smalti.tokenizers.gumbel import GumbelConfig
+from smalti.tokenizers.quantizer import absorb
+from smalti.tokenizers.residual import ResidualConfig
+from smalti.tokenizers.simvq import SimVQConfig
+from smalti.tokenizers.sinkhorn import SinkhornConfig
+from smalti.tokenizers.vq import VQConfig
 
 SEED = 7
 
@@ -125,6 +133,49 @@ def test_restored_on_other_devices_bitwise(tmp_path, devices):
     assert_equal(got, tree)
     assert all(leaf.sharding == target for leaf in jax.tree.leaves(got))
     checkpoints.close()
+
+
+BOOK = dict(codes=16, dim=4)
+CODEBOOKS = {
+    'age': VQConfig(**BOOK, assignment=SinkhornConfig(epsilon=0.05, iterations=2, steps=2)),
+    'temperature': GumbelConfig(**BOOK, steps=2),
+    'basis': SimVQConfig(**BOOK),
+    'levels': ResidualConfig(quantizer=VQConfig(**BOOK), levels=2),
+}
+
+
+@pytest.mark.parametrize('name', CODEBOOKS)
+def test_a_tokenizer_that_learned_comes_back_into_another_bitwise(tmp_path, name):
+  """The tokens, and the next step of training with its counts, sums and age."""
+  config = AutoencoderConfig(image_size=(8, 8), channels=1, width=8, multipliers=(1,), blocks=0,
+                             patch=4, quantizer=CODEBOOKS[name])
+  x = jax.random.uniform(jax.random.key(1), (16, 8, 8, 1), minval=-1, maxval=1)
+  z = jax.random.normal(jax.random.key(2), (16, 4, 4))
+
+  @jax.jit
+  def build(key):
+    t = config.build(rngs=nnx.Rngs(key))
+    t.quantizer.prepare(z, key=key)
+    return t
+
+  @jax.jit
+  def step(t):
+    out = t.quantizer(z, key=jax.random.key(3), train=True)
+    absorb(t.quantizer, out.statistics)
+    return t, (t.encode(x), out)
+
+  learned, other = step(build(jax.random.key(0)))[0], build(jax.random.key(1))
+  parts = dict(zip(('params', 'buffers'), states.Structure.of(learned).split(learned)))
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, parts, {'spec': learned.spec.to_json()})
+  shape = states.Structure.of(other)
+  tree, item = checkpoints.restore(1, abstract(dict(zip(parts, shape.split(other)))))
+  checkpoints.close()
+  assert_equal(tree, parts)
+  restored = shape.merge(**tree)
+  assert item['spec'] == restored.spec.to_json()
+  assert_equal(step(restored), step(learned))
+  assert np.any(step(other)[1][0] != step(learned)[1][0])
 
 
 def test_saved_arrays_may_be_donated(tmp_path):

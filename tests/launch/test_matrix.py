@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from smalti.data.digits import DigitsConfig
+from smalti.generators import schedules
 from smalti.generators.autoregressive import AutoregressiveConfig
 from smalti.generators.binary import BinaryConfig
 from smalti.generators.block import BlockDiffusionConfig
@@ -116,6 +117,29 @@ def test_guidance_needs_a_null_condition_that_was_trained(generator):
   assert draw(0.1, 2.0).tokens.shape == draw(0.0, None).tokens.shape
   with pytest.raises(ValueError, match='label_dropout=0 never'):
     draw(0.0, 2.0)
+
+
+@pytest.mark.parametrize('generator', [
+    'masked', 'MaskGIT', 'stacked', 'MaskBit', 'block', 'ResGen', 'binary'])
+def test_times_of_a_batch_with_strata_are_by_these_alone(generator, calls):
+  source = tokenizer(next(name for name, cells in table().items() if cells[generator] == 'yes'))[0]
+  config, rng = GENERATORS[generator], np.random.default_rng(0)
+  if generator == 'block':  # in 4 blocks of 4 strata leave the counts as they are
+    config = dataclasses.replace(config, block_size=8)
+  model = config.build(source.spec, rngs=nnx.Rngs(0))
+  nnx.update(model, jax.tree.map(  # heads of zeros have one loss for all
+      lambda x: x + .3 * rng.normal(size=x.shape), nnx.state(model, nnx.Param)))
+  if generator == 'ResGen':
+    model.prepare({'vectors': codebooks.vectors(source)}, key=None)
+  shape = (8, source.spec.length, source.spec.depth)
+  batch = {'tokens': jnp.asarray(rng.integers(0, source.spec.vocab, shape), jnp.int32),
+           'label': jnp.arange(8)}
+  strata, drawn = jnp.arange(.5, 8) / 8, calls(schedules, 'stratified')
+  for train in (False, True):
+    loss = jax.jit(lambda strata, train=train: model.loss(
+        {**batch, 'strata': strata}, step=0, key=jax.random.key(0), train=train)[0])
+    assert loss(strata) == loss(strata + 0) and abs(loss(strata / 2) - loss(strata)) > 1e-3
+  assert not drawn
 
 
 @pytest.mark.slow

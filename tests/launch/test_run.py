@@ -5,10 +5,11 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smalti.launch import export, run as runs, state as states, tokenize, trees
+from smalti.launch import cli, export, run as runs, sample, state as states, tokenize, trees
 from smalti.launch.checkpoint import Checkpoints
 from smalti.launch.train import Job, train
 
@@ -136,6 +137,55 @@ def test_the_best_checkpoint_is_what_a_run_means(tmp_path):
   rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').open()]
   scores = {row['step']: row['eval/mse'] for row in rows if 'eval/mse' in row}
   assert runs.load(tmp_path / 'run').step == min(scores, key=scores.get)
+
+
+def bits(tree):
+  """The bytes of leaves by their path."""
+  return {path: np.asarray(leaf).tobytes() for path, leaf in states.paths(tree).items()}
+
+
+def test_a_run_is_its_averaged_weights_and_raw_its_last(generator):
+  checkpoints = Checkpoints(generator / 'checkpoints')
+  tree, _ = checkpoints.restore(2, None)
+  checkpoints.close()
+  for loaded, weights, name in ((runs.load(generator), 'ema', 'ema'),
+                                (runs.load(generator, weights='raw'), 'raw', 'params')):
+    params, _ = states.Structure.of(loaded.model).split(loaded.model)
+    assert (loaded.step, loaded.weights) == (2, weights)
+    assert bits(params) == bits(tree[name])
+  assert bits(tree['ema']) != bits(tree['params'])
+
+
+def test_sample_draws_of_the_averaged_weights_unless_told(generator, tmp_path):
+  run = shutil.copytree(generator, tmp_path / 'run')
+  checkpoints = Checkpoints(run / 'checkpoints')
+  tree, item = checkpoints.restore(2, None)
+  tree['params'] = jax.tree.map(lambda x: -x, tree['params'])  # as far as last weights can be
+  checkpoints.save(3, tree, item)
+  checkpoints.close()
+  loaded = runs.load(f'{run}@3')
+  model = states.Structure.of(loaded.model).merge(tree['ema'], tree['buffers'])
+  averaged = dataclasses.replace(loaded, model=jax.tree.map(jnp.asarray, model))
+  want = sample.draw(averaged, runs.load_tokenizer(loaded), n=8, seed=0,
+                     settings=sample.resolve_settings(loaded, {})).tokens
+  for weights in ('ema', 'raw'):
+    assert cli.main(['sample', f'--workdir={run}@3', '--n=8', f'--name={weights}',
+                     *(['--weights=raw'] if weights == 'raw' else [])]) == 0
+    found = np.load(run / 'samples' / f'{weights}.npz')['tokens']
+    assert np.array_equal(found, want) == (weights == 'ema')
+    assert json.loads((run / 'samples' / f'{weights}.json').read_text())['weights'] == weights
+
+
+def test_held_out_scores_are_of_the_averaged_weights(tmp_path):
+  job = Job(config('digits_vq', eval__batches=1), tmp_path / 'run', None)
+  double = lambda tree: jax.tree.map(lambda x: 2 * x, tree)  # noqa: E731
+  with jax.set_mesh(job.mesh):
+    first = job.evaluate()
+    job.state['params'] = double(job.state['params'])
+    assert job.evaluate() == first
+    job.state['ema'] = double(job.state['ema'])
+    assert job.evaluate()['eval/mse'] != first['eval/mse']
+  job.close()
 
 
 @pytest.mark.parametrize('damage, message', [

@@ -226,6 +226,17 @@ def test_a_grown_cache_holds_the_same_entries():
   np.testing.assert_allclose(y, full[:, 4:], atol=1e-5)
 
 
+@pytest.mark.parametrize('backend, dtype', [('gpu', 'bfloat16'), ('cpu', 'float32')])
+def test_a_cache_is_of_the_compute_dtype_but_on_a_cpu(backend, dtype, monkeypatch):
+  """Keys and values of the two heads that share queries, in half the memory on an accelerator."""
+  model = nnx.eval_shape(lambda: Transformer(
+      dataclasses.replace(SMALL, kv_heads=2, dtype='bfloat16'), rngs=nnx.Rngs(0)))
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  entries = jax.tree.leaves(jax.eval_shape(lambda: model.cache(2, 9)))
+  assert len(entries) == 2 * SMALL.layers
+  assert {(entry.shape, str(entry.dtype)) for entry in entries} == {((2, 2, 9, 8), dtype)}
+
+
 @pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
 def test_a_mesh_moves_weights_and_sums_but_reshards_no_activation(sizes):
   """Loss and gradient under the path rules of launch: gathers and reductions only."""

@@ -8,7 +8,7 @@ from flax import nnx
 
 from smalti.tokenizers import assignment
 from smalti.tokenizers.assignment import StochasticConfig
-from smalti.tokenizers.search import nearest
+from smalti.tokenizers.search import distance_scores, nearest
 from smalti.tokenizers.vq import VQConfig
 
 
@@ -34,6 +34,20 @@ def test_draws_do_not_depend_on_chunks_and_cold_ones_are_the_nearest(key, monkey
   monkeypatch.setattr(assignment, 'chunk_rows', lambda n, k: 16)
   np.testing.assert_array_equal(draw(StochasticConfig(), z, codes, key), whole)
   assert np.mean(whole == nearest(z, codes)) < 0.9
+
+
+@pytest.mark.parametrize('uniform', [0.0, 1 - 2**-23])
+def test_the_ends_of_the_unit_interval_draw_a_code_that_can_be(key, uniform, monkeypatch):
+  """There a cumulative sum that is not monotone would give codes of probability zero."""
+  near = jnp.arange(4096) % 64 < 20  # runs of far codes, over which the sum still wavers
+  codes = jnp.where(near[:, None], jax.random.normal(key, (4096, 3)), 1e3)
+  z = jax.random.normal(jax.random.key(1), (64, 3))
+  p = jax.nn.softmax(distance_scores(z, codes) / 0.5)
+  monkeypatch.setattr(jax.random, 'uniform', lambda key, shape: jnp.full(shape, uniform))
+  assert near[draw(StochasticConfig(), z, codes, key)].all()
+  up_to = jnp.cumsum(p, -1)  # the control: a count of what lies below
+  top = up_to[:, -1:] * (1 - 2**-23)
+  assert not p[:, ~near].any() and not near[jnp.sum(up_to <= top, -1)].all()
 
 
 def test_only_training_draws(key):

@@ -195,6 +195,16 @@ def test_evaluation_measures_what_tokens_say_at_all_noise():
   assert metrics['psnr'] < 100 and metrics['mse'] > 0
 
 
+@pytest.mark.parametrize('stratified, train', [(True, True), (False, True), (False, False)])
+def test_levels_that_are_spread_are_by_the_strata_of_a_batch(stratified, train):
+  model, x, strata = tokenizer(), images(8), jnp.arange(.5, 8) / 8
+  model.stratified = stratified
+  loss = jax.jit(lambda strata: model.loss(
+      {'image': x, 'strata': strata}, step=jnp.int32(0), key=jax.random.key(0), train=train)[0])
+  assert loss(strata) == loss(strata + 0)
+  assert (abs(loss(strata / 2) - loss(strata)) > 1e-3) == (stratified or not train)
+
+
 def fit(model_config, x, *, steps, rate):
   """Parameters after Adam on one batch, the loss's own draws every step."""
   structure = states.structure(lambda: model_config.build(rngs=nnx.Rngs(0)))

@@ -43,7 +43,8 @@ def test_gradients_are_those_of_the_soft_draw_and_do_not_depend_on_chunks(key, m
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
   def dense(scores, codes):  # the chain rule through the value, as the published formula has it
-    noise = jax.vmap(lambda i: jax.random.gumbel(jax.random.fold_in(key, i), (9,)))(jnp.arange(20))
+    noise = jax.vmap(lambda i: jax.random.gumbel(
+        jax.random.fold_in(key, i), (9,), mode='high'))(jnp.arange(20))
     soft = jax.nn.softmax((scores + noise.reshape(2, 10, 9)) / 0.7, -1) @ codes
     hard = q.lookup(tokens)
     log_p = jax.nn.log_softmax(scores, -1)

@@ -113,8 +113,9 @@ QUANTIZERS = {
     'vq_options': Row(VQConfig(
         codes=32, dim=6, update='gradient', revival=0.0, estimator='rotation',
         entropy=EntropyConfig(temperature=0.5), clustering=ClusteringConfig()), turned),
-    'vq_sinkhorn': Row(
-        VQConfig(codes=32, dim=6, assignment=SinkhornConfig(iterations=2, steps=10)), draws=True),
+    'vq_sinkhorn': Row(VQConfig(  # a fifth of the codes are not the nearest
+        codes=32, dim=6, assignment=SinkhornConfig(epsilon=0.05, iterations=2, steps=10)),
+        draws=True),
     'fsq': Row(FSQConfig(levels=(8, 5, 3)), lambda q, z: q.bound(z)),
     'fsq_symmetric': Row(
         FSQConfig(levels=(2, 5, 4), symmetric=True), lambda q, z: jnp.tanh(z)),
@@ -126,7 +127,8 @@ QUANTIZERS = {
                   lambda q, z: jnp.exp(q.soft_assign(z, q.temperature())) @ q.codes(), draws=True),
     'lfq': Row(LFQConfig(bits=6)),
     'bsq': Row(BSQConfig(bits=6, groups=2), lambda q, z: q.scale * normalize(z)),
-    'bernoulli': Row(BernoulliConfig(bits=7, dim=6), lambda q, z: q.embed(q.soft(z))),
+    'bernoulli': Row(
+        BernoulliConfig(bits=7, dim=6), lambda q, z: q.embed(q.soft(z)), draws=True),
     'recurrent': Row(
         RecurrentConfig(dim=6, bits=4, levels=2, hidden=8, dropout=1.0), looped, drops=True),
     'latent': Row(LatentConfig(latents=16, codes=10)),
@@ -281,6 +283,68 @@ def test_evaluation_is_deterministic_and_has_no_statistics(name):
   assert first.statistics is None
   np.testing.assert_array_equal(first.tokens, second.tokens)
   np.testing.assert_array_equal(first.vectors, second.vectors)
+
+
+def test_training_is_a_function_of_the_key(name):
+  """All of it is; codes and vectors depend on it where the row says that they are drawn."""
+  q, z = quantizer(name)
+  for book in codebooks(q):
+    if hasattr(book, 'age'):
+      book.age[...] += 5  # amid an annealing, where some vectors take the nearest
+  one, again, other = (q(z, key=jax.random.key(i), train=True) for i in (0, 0, 1))
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(again), strict=True):
+    np.testing.assert_array_equal(a, b)
+  differ = np.any(one.tokens != other.tokens) or np.any(one.vectors != other.vectors)
+  assert differ == (QUANTIZERS[name].draws or QUANTIZERS[name].drops)
+
+
+PRODUCTS = 'dot_general', 'conv_general_dilated'
+
+
+def products(jaxpr):
+  """The products of a program and of the programs inside it."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name in PRODUCTS:
+      yield equation
+    for part in jax.tree.leaves(equation.params):
+      part = getattr(part, 'jaxpr', part)
+      if hasattr(part, 'eqns'):
+        yield from products(part)
+
+
+def rounded(f, *arguments):
+  """The products that an accelerator may round to TF32 or bfloat16."""
+  exact = jax.lax.Precision.HIGHEST
+  return [str(e) for e in products(jax.make_jaxpr(f)(*arguments).jaxpr)
+          if e.params['precision'] != (exact, exact)
+          or any(v.aval.dtype != jnp.float32 for v in e.invars)]
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_no_product_of_a_quantizer_is_rounded(name, dtype):
+  """Searches, maps of codebooks, projections, resizes: TF32 and bfloat16 change no code."""
+  graph, state, z = prepared(name)
+  z, key = z.astype(dtype), jax.random.key(0)
+  merged = lambda state: nnx.merge(graph, state)  # noqa: E731
+  assert not rounded(lambda state, z: merged(state)(z, key=key, train=True), state, z)
+  assert not rounded(lambda state, z: merged(state).prepare(z, key=key), state, z)
+
+
+def test_rounded_products_are_noticed_wherever_they_are():
+  """The negative control: in a loop, a branch, a derivative rule, a checkpoint, a convolution."""
+  x = jnp.ones((3, 3))
+  by = lambda y: y @ x.astype(y.dtype)  # noqa: E731
+  rule = jax.custom_jvp(by)
+  rule.defjvp(lambda primals, tangents: (by(*primals), by(*tangents)))
+  for f in (by, jax.jit(by), jax.checkpoint(by), rule, jax.vmap(by),
+            lambda y: jax.lax.scan(lambda y, _: (by(y), None), y, length=2),
+            lambda y: jax.lax.cond(y[0, 0] > 0, by, lambda y: y, y),
+            lambda y: jax.lax.map(by, y),
+            lambda y: jax.lax.while_loop(lambda y: y[0, 0] > 0, by, y),
+            lambda y: jax.lax.conv(y[None, None], y[None, None], (1, 1), 'SAME')):
+    assert len(rounded(f, x)) == 1
+    with jax.default_matmul_precision('highest'):
+      assert not rounded(f, x) and len(rounded(f, x.astype(jnp.bfloat16))) == 1
 
 
 def test_no_forward_pass_writes_state(name):

@@ -49,6 +49,17 @@ def test_published_scales():
   assert (q.vocab, q.order) == ((16,), 'scale')
 
 
+def test_one_scale_is_a_quantizer_and_a_convolution():
+  """s / (S - 1) is 0 / 0 there: the first tick is taken."""
+  assert blend_of_scale(1, 4) == blend_of_scale(1, 1) == (0,)
+  q = build(scales=(4,))
+  z = jax.random.normal(jax.random.key(1), (2, 16, 3))
+  out = jax.jit(lambda z: q(z, train=True))(z)
+  np.testing.assert_array_equal(out.tokens, q.coder(z).tokens)
+  assert (q.budgets, len(q.blends)) == ((16,), 1)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(out))
+
+
 @functools.cache
 def output():
   q = build(dropout=0.5)
