@@ -104,38 +104,40 @@ def read_experiment(workdir: pathlib.Path) -> Experiment:
   return serialization.from_json(read_config(workdir)['experiment'], Experiment)
 
 
-def open_workdir(workdir: pathlib.Path, experiment: Experiment, *, started: bool) -> list[str]:
-  """Writes `config.json`, or checks it against the one there.
+def check_config(workdir: pathlib.Path, experiment: Experiment, *, started: bool
+                 ) -> list[str] | None:
+  """What `experiment` changes of the run's `config.json`, a line each; None where it is a new run.
 
   Args:
     started: whether a checkpoint was committed; before that, any config may replace the old one.
 
-  Returns:
-    The allowed differences, one line each; they are appended to `config_history.jsonl`.
-
   Raises:
     ValueError: the config differs in what defines the run, with the differing fields.
   """
-  new = redact(serialization.to_json(experiment))
-  item = {'format': FORMAT, 'version': smalti.__version__, 'experiment': new}
   if not (workdir / 'config.json').exists() or not started:
-    if jax.process_index() == 0:
-      write_json(workdir / 'config.json', item)
-    return []
-  old = read_config(workdir)['experiment']
+    return None
   # through the reader, so that fields which the writer did not know have their defaults
   changes = serialization.differences(
-      serialization.to_json(serialization.from_json(old, Experiment)), new)
+      serialization.to_json(read_experiment(workdir)), redact(serialization.to_json(experiment)))
   refused = [c for c in changes if c.split(':')[0].split('.')[0] not in FREE]
   if refused:
     raise ValueError(
         f'{workdir} holds a run with another config ({"; ".join(refused)}); '
         'use another --workdir, or the same config to resume.')
-  if changes and jax.process_index() == 0:
+  return changes
+
+
+def write_config(workdir: pathlib.Path, experiment: Experiment, changes: list[str] | None) -> None:
+  """Writes what `check_config` found; changes are appended to `config_history.jsonl`."""
+  if jax.process_index() or changes == []:
+    return
+  new = redact(serialization.to_json(experiment))
+  if changes:
+    new['model'] = read_config(workdir)['experiment']['model']
     with open(workdir / 'config_history.jsonl', 'a') as file:
       file.write(json.dumps({'version': smalti.__version__, 'changes': changes}) + '\n')
-    write_json(workdir / 'config.json', {**item, 'experiment': {**new, 'model': old['model']}})
-  return changes
+  write_json(workdir / 'config.json',
+             {'format': FORMAT, 'version': smalti.__version__, 'experiment': new})
 
 
 def build(config: Any, spec: TokenSpec | None, rngs: nnx.Rngs) -> Any:

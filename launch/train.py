@@ -85,14 +85,16 @@ class Job:
       origin: Any = self.source if self.tokenizer is None else self.tokenizer
       self.spec, self.fingerprint = origin.spec, origin.fingerprint
     self.frozen = _frozen(experiment, self.tokenizer, self.mesh)
-    for change in runs.open_workdir(workdir, experiment, started=started):
-      say(f'config: {change}')
+    changes = runs.check_config(workdir, experiment, started=started)
     self.build = functools.partial(runs.build, experiment.model, self.spec)
     self.structure = states.structure(lambda: self.build(_rngs(0)))
     self.optimizer = optimizers.make(
         experiment.optimizer, _discriminator(experiment), experiment.steps, experiment.fixed)
     self.rate = optimizers.schedule(experiment.optimizer, experiment.steps)
     self.state = self._state(init_from)
+    runs.write_config(workdir, experiment, changes)  # what was refused above has changed nothing
+    for change in changes or ():
+      say(f'config: {change}')
     self.start = int(self.state['step'])
     if self.start >= experiment.steps:
       say(f'finished: {workdir} is at step {self.start} of {experiment.steps}')

@@ -103,14 +103,14 @@ def test_a_row_does_not_depend_on_what_others_know(sampler):
 @pytest.mark.parametrize('sampler', ['maskgit', 'confidence'])
 def test_noise_on_the_confidence_keeps_its_tail(sampler, noise, monkeypatch):
   """Without mode='high' a float32 Gumbel is at most 15.94."""
-  modes, gumbel = [], jax.random.gumbel
+  model, modes, gumbel = network(), [], jax.random.gumbel
 
   def noted(*arguments, **options):
     modes.append(options.get('mode'))
     return gumbel(*arguments, **options)
 
   monkeypatch.setattr(jax.random, 'gumbel', noted)
-  jax.eval_shape(lambda keys: network().sample(
+  jax.eval_shape(lambda keys: model.sample(
       None, keys=keys, settings=MaskedSettings(sampler=sampler, noise=noise)).tokens,
                  example_keys(0, jnp.arange(2)))
   assert set(modes) == {'high'}

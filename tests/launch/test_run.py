@@ -77,6 +77,7 @@ def test_another_tokenizer_is_refused_and_a_moved_one_found(tokenizer, generator
     runs.load_tokenizer(loaded, str(tmp_path / 'retrained'))
   with pytest.raises(ValueError, match='was trained on tokenizer|another config'):
     train(config('digits_ar', tokenizer=tmp_path / 'retrained', steps=3), generator)
+  assert runs.load_tokenizer(runs.load(generator)).fingerprint == loaded.fingerprint
 
 
 def test_a_token_folder_of_another_tokenizer_is_refused(tokenizer, tmp_path):
@@ -101,7 +102,7 @@ def test_what_defines_a_run_may_not_change_and_the_rest_may(tmp_path):
 
 
 def test_a_run_without_a_checkpoint_takes_any_config(tmp_path):
-  runs.open_workdir(_folder(tmp_path / 'run'), config('digits_vq'), started=False)
+  runs.write_config(_folder(tmp_path / 'run'), config('digits_vq'), None)
   train(config('digits_vq', steps=1, optimizer__rate=1e-5), tmp_path / 'run')
   assert runs.read_experiment(tmp_path / 'run').optimizer.rate == 1e-5
 
