@@ -240,7 +240,7 @@ def summarize(study: Study) -> dict[str, Any]:
   rows: dict[str, Any] = {}
   for name in dict.fromkeys(row.partition('/')[0] for row in study.rows):
     seeds = [row for row in study.rows if row.partition('/')[0] == name]
-    found = [dict(provenance.load(study.path(row))['results'])
+    found = [_whole(provenance.load(study.path(row))['results'])
              for row in seeds if study.finished(row)]
     rows[name] = {'seeds': len(found), 'planned': len(seeds),
                   'state': '' if found else 'not run', **_spreads(found)}
@@ -252,6 +252,15 @@ def summarize(study: Study) -> dict[str, Any]:
       study.results.with_suffix('.json'), f'smalti sweep --config={study.name}', rows,
       finished=sum(map(study.finished, study.rows)), rows=len(study.rows), images=IMAGES)
   return rows
+
+
+def _whole(row: Mapping[str, Any]) -> dict[str, Any]:
+  """A row's scores; where there are some for every budget, those of all codes by their plain names.
+  """
+  budgets = [int(name.removeprefix('psnr_keep')) for name in row if name.startswith('psnr_keep')]
+  last = f'_keep{max(budgets)}' if budgets else ''
+  return {name.removesuffix(last): value for name, value in row.items()
+          if '_keep' not in name or last and name.endswith(last)}
 
 
 def _spreads(found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -181,3 +181,9 @@ def test_a_generator_waits_for_its_tokenizer_and_samplers_share_its_run(tmp_path
   assert table['tokens']['state'] == 'not run' and table['masked']['likelihood'] == 'bound'
   with pytest.raises(ValueError, match='not among the rows'):
     Study('rows', {'masked': masked}, tmp_path / 'out', tmp_path).trained('masked')
+
+
+def test_a_row_with_budgets_is_that_of_all_codes():
+  row = {'seed': 0, 'psnr_keep1': 9.0, 'psnr_keep14': 20.0, 'rfd_x_keep1': 3.0, 'rfd_x_keep14': 1.0}
+  assert study._whole(row) == {'seed': 0, 'psnr': 20.0, 'rfd_x': 1.0}
+  assert study._whole({'psnr': 1.0}) == {'psnr': 1.0}
