@@ -116,7 +116,11 @@ class Generator(nnx.Module):
 
   def loss(self, batch: dict[str, Array], *, step: Array, key: Array, train: bool = True
            ) -> tuple[Array, dict[str, Any]]:
-    """Mean nats per valid token; aux holds `metrics`, `weight` and `statistics`."""
+    """Mean nats per valid token; aux holds `metrics`, `weight` and `statistics`.
+
+    A loss that draws a time per example takes it from `schedules.strata(batch, key)`, so that
+    micro-batches share the strata of their batch.
+    """
     raise TypeError(f'{type(self).__name__} has no loss.')
 
   def sample(self, condition: dict[str, Array] | None, *, keys: Array, settings: Any,
