@@ -38,6 +38,7 @@ from smalti.generators.generator import (
     Sample,
     check_request,
     check_shares,
+    drop_labels,
     read_labels,
     settings,
 )
@@ -190,9 +191,8 @@ class Binary(Generator):
     del step
     bits, labels = self._read(batch)
     drop, time, noise, inner = jax.random.split(key, 4)
-    if train and labels is not None:
-      dropped = jax.random.bernoulli(drop, self.label_dropout, labels.shape)
-      labels = jnp.where(dropped, self.classes, labels)
+    if train:
+      labels = drop_labels(self, labels, drop)
     u = schedules.strata(batch, time)
     t = 1 + jnp.minimum((u * self.steps).astype(jnp.int32), self.steps - 1)
     kept = jnp.asarray(self.kept, jnp.float32)

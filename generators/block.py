@@ -30,6 +30,7 @@ from smalti.generators.generator import (
     Sample,
     check_request,
     check_shares,
+    drop_labels,
     fold,
     read_labels,
     settings,
@@ -154,9 +155,8 @@ class BlockDiffusion(Generator):
     del step
     tokens, labels = self._read(batch)
     drop, times, hide, inner = jax.random.split(key, 4)
-    if train and labels is not None:
-      dropped = jax.random.bernoulli(drop, self.label_dropout, labels.shape)
-      labels = jnp.where(dropped, self.classes, labels)
+    if train:
+      labels = drop_labels(self, labels, drop)
     # strata over batch and blocks, those of one row far apart; every block has each of them in turn
     turn = jax.random.randint(jax.random.fold_in(times, 1), (), 0, self.blocks)
     place = (jnp.arange(self.blocks) + turn) % self.blocks

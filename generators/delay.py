@@ -31,6 +31,7 @@ from smalti.generators.generator import (
     Sample,
     check_request,
     check_shares,
+    drop_labels,
     fold,
     read_first,
     settings,
@@ -141,9 +142,8 @@ class Delay(Generator):
     """Mean nats per code; `bits_code_i` is that of every code of a position."""
     del step
     (tokens, label), keys = self._read(batch), jax.random.split(key, 3)
-    if train and self.classes:
-      dropped = jax.random.bernoulli(keys[0], self.label_dropout, label.shape)
-      label = jnp.where(dropped, self.classes, label)
+    if train:
+      label = drop_labels(self, label, keys[0])
     nll = self._nll(tokens, label, keys[1:] if train else None)
     by_code = nll.mean((0, 1))
     value = by_code.mean()

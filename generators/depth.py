@@ -35,6 +35,7 @@ from smalti.generators.generator import (
     Sample,
     check_request,
     check_shares,
+    drop_labels,
     fold,
     read_first,
     settings,
@@ -131,9 +132,8 @@ class Depth(Generator):
     del step
     tokens, label = self._read(batch)
     drop, *keys = jax.random.split(key, 4)
-    if train and self.classes:
-      dropped = jax.random.bernoulli(drop, self.label_dropout, label.shape)
-      label = jnp.where(dropped, self.classes, label)
+    if train:
+      label = drop_labels(self, label, drop)
     scores = self._scores(self._vectors(tokens), label, keys if train else None)
     nats = optax.softmax_cross_entropy_with_integer_labels(scores, tokens)
     by_depth = jnp.mean(nats, (0, 1))

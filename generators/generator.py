@@ -163,6 +163,14 @@ def read_first(classes: int, condition: dict[str, Array] | None, size: int) -> I
   return jnp.zeros(size, jnp.int32) if labels is None else labels
 
 
+def drop_labels(model: Any, labels: Int[Array, 'b'] | None, key: Array) -> Int[Array, 'b'] | None:
+  """Labels of training: the share `label_dropout` of them is the null label that guidance needs."""
+  if labels is None or not model.classes:
+    return labels
+  dropped = jax.random.bernoulli(key, model.label_dropout, labels.shape)
+  return jnp.where(dropped, model.classes, labels)
+
+
 def check_request(model: Any, condition: dict[str, Array] | None, known: Array | None,
                   known_mask: Array | None, guidance: Any) -> None:
   """What `sample` of a model with `classes` and `label_dropout` cannot do.

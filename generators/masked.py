@@ -24,6 +24,7 @@ from smalti.generators.generator import (
     Sample,
     check_request,
     check_shares,
+    drop_labels,
     fold,
     rank,
     read_labels,
@@ -241,9 +242,8 @@ class Masked(Generator):
     del step
     tokens, real, labels = self._read(batch)
     drop, mask, inner = jax.random.split(key, 3)
-    if train and labels is not None:
-      dropped = jax.random.bernoulli(drop, self.label_dropout, labels.shape)
-      labels = jnp.where(dropped, self.classes, labels)
+    if train:
+      labels = drop_labels(self, labels, drop)
     first, second = jax.random.split(mask)
     u = schedules.strata(batch, first)
     if not train:

@@ -31,6 +31,7 @@ from smalti.generators.generator import (
     Sample,
     check_request,
     check_shares,
+    drop_labels,
     fold,
     rank,
     read_labels,
@@ -213,9 +214,8 @@ class ResGen(Generator):
     del step
     tokens, labels = self._read(batch)
     drop, mask, inner = jax.random.split(key, 3)
-    if train and labels is not None:
-      dropped = jax.random.bernoulli(drop, self.label_dropout, labels.shape)
-      labels = jnp.where(dropped, self.classes, labels)
+    if train:
+      labels = drop_labels(self, labels, drop)
     first, second = jax.random.split(mask)
     total = self.spec.length * self.spec.depth
     share = schedules.ratio(self.ratio, schedules.strata(batch, first))

@@ -35,6 +35,9 @@ from smalti.tokenizers.spec import TokenSpec
 
 MAGIC = b'smalti tokens 1\n'
 BATCH = 64  # sequences side by side; part of the program, so that a file names its own
+BATCHES = 4096  # and no file asks for more
+HEADER = {'smalti': str, 'generator': str, 'sequences': int, 'batch': int, 'labels': bool,
+          'backend': str, 'jax': str, 'check': str}
 
 
 def compress(loaded: runs.Loaded, tokens: np.ndarray, labels: np.ndarray | None = None, *,
@@ -92,19 +95,19 @@ def decompress(loaded: runs.Loaded, data: bytes) -> tuple[np.ndarray, np.ndarray
     raise ValueError(f'the file was written with generator {header["generator"]}, and '
                      f'{loaded.path} is {mark(loaded)}; name the one that wrote it.')
   start = len(MAGIC) + 4 + int.from_bytes(data[len(MAGIC):len(MAGIC) + 4], 'little')
-  decoder, count = Decoder(data[start:-32]), header['sequences']
-  flat = np.full((count, spec.length * spec.depth), 0 if spec.eos is None else spec.eos, np.int32)
-  rows = np.full(count, model.classes, np.int32)
+  decoder, length = Decoder(data[start:-32]), spec.length * spec.depth
+  found: list[np.ndarray] = []  # a label and its codes; grows with what is read, not as it is told
 
   def choose(counts, n, i):
-    symbol = decoder.decode(counts)
-    if i < 0:
-      rows[n] = symbol
-    else:
-      flat[n, i] = symbol
+    if n == len(found):
+      found.append(np.full(1 + length, 0 if spec.eos is None else spec.eos, np.int32))
+      found[n][0] = model.classes
+    found[n][1 + i] = symbol = decoder.decode(counts)
     return symbol
 
-  _walk(model, spec, count, header['batch'], header['labels'], choose)
+  _walk(model, spec, header['sequences'], header['batch'], header['labels'], choose)
+  rows, flat = np.split(np.reshape(found, (-1, 1 + length)).astype(np.int32), [1], 1)
+  rows = rows[:, 0]
   if _check(flat, rows) != header['check']:
     raise ValueError(
         f'the probabilities here are not those of the writer (jax {header["jax"]} on '
@@ -127,7 +130,15 @@ def read_header(data: bytes) -> dict[str, Any]:
   if hashlib.sha256(data[:-32]).digest() != data[-32:]:
     raise ValueError('the file is damaged or not whole; copy it again.')
   size = int.from_bytes(data[len(MAGIC):len(MAGIC) + 4], 'little')
-  return json.loads(data[len(MAGIC) + 4:len(MAGIC) + 4 + size])
+  try:
+    header = json.loads(data[len(MAGIC) + 4:len(MAGIC) + 4 + size])
+    sane = header['sequences'] >= 0 and 1 <= header['batch'] <= BATCHES and all(
+        type(header[name]) is kind for name, kind in HEADER.items())
+  except (ValueError, TypeError, KeyError) as error:
+    raise ValueError(f'the header of the file is none: {error!r}.') from error
+  if not sane:
+    raise ValueError(f'the header of the file asks for what no file holds: {header}.')
+  return header
 
 
 def rivals(spec: TokenSpec, tokens: np.ndarray) -> dict[str, float]:
@@ -243,7 +254,7 @@ def define(values: Any) -> None:
                       flag_values=values)
   flags.DEFINE_string('out', None, 'The file to write.', flag_values=values)
   flags.DEFINE_integer('batch_size', BATCH, 'Sequences side by side.', flag_values=values,
-                       lower_bound=1)
+                       lower_bound=1, upper_bound=BATCHES)
   flags.DEFINE_string('results', None, 'Also writes the numbers to this JSON file.',
                       flag_values=values)
 

@@ -22,6 +22,7 @@ from smalti.tokenizers.quantizer import sg
 from smalti.tokenizers.search import chunk_rows, chunked, distance_scores, unchunked
 
 NEVER = -1e30  # the logarithm of no mass; an infinity would make NaN of differences
+TINY = 1e-30  # for the sum over a batch without vectors
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)
@@ -83,23 +84,31 @@ class Balance:
 
   def potentials(self, iterations: int) -> Float[Array, 'v']:
     """f after `iterations` of: codes to 1/K, vectors to 1/B. The last step gives g alone."""
-    codes = lambda f: -jnp.log(self.size) - self._over_vectors(f)  # noqa: E731
-    return jax.lax.fori_loop(0, iterations - 1, lambda _, f: codes(f), codes(None))
+    return jax.lax.fori_loop(0, iterations - 1, lambda _, f: self._balanced(f), self._first())
 
-  def _over_vectors(self, f: Float[Array, 'v'] | None) -> Float[Array, 'v']:
-    """log sum_n exp(scores + g), where g brings the vectors to 1/B under `f`; None has g = 0."""
+  def _first(self) -> Float[Array, 'v']:
+    """f that brings exp(scores + f) to sums of 1/K per code."""
     def add(total, chunk):
-      scores, real = self._scores(chunk[0]), chunk[1][:, None]
-      if f is not None:
-        scores += self.mass - jax.nn.logsumexp(scores + f, -1, keepdims=True)
-      scores = jnp.where(real, scores, NEVER)
+      scores = jnp.where(chunk[1][:, None], self._scores(chunk[0]), NEVER)
       top = jnp.maximum(total[0], jnp.max(scores, 0))
-      summed = total[1] * jnp.exp(total[0] - top) + jnp.sum(jnp.exp(scores - top), 0)
-      return (top, summed), None
+      return (top, total[1] * jnp.exp(total[0] - top) + jnp.sum(jnp.exp(scores - top), 0)), None
 
     start = jnp.full(self.size, NEVER), jnp.zeros(self.size)
     (top, summed), _ = jax.lax.scan(add, start, self.chunks)
-    return top + jnp.log(summed)
+    return -jnp.log(self.size) - top - jnp.log(summed)
+
+  def _balanced(self, f: Float[Array, 'v']) -> Float[Array, 'v']:
+    """f that brings codes to 1/K again, after vectors were brought to 1/B under the old f.
+
+    A code's sum of Q is the sum of softmaxes over codes, so one exponential serves both. It cannot
+    underflow: the old f made the code's sum 1/K and every entry at most that, so in the row of its
+    largest entry the code is within a factor B of the row's largest.
+    """
+    def add(total, chunk):
+      return total + chunk[1].astype(jnp.float32) @ jax.nn.softmax(self._scores(chunk[0]) + f), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros(self.size), self.chunks)
+    return f - self.mass - jnp.log(self.size) - jnp.log(jnp.maximum(total, TINY))
 
   def _distances(self, z: Float[Array, 'r c']) -> Float[Array, 'r v']:
     return jnp.sum(jnp.square(z), -1, keepdims=True) - distance_scores(z, self.codes)

@@ -1,6 +1,8 @@
 """Compressed tokens: every sequence comes back, at the price of its own log-probability."""
 
 import functools
+import hashlib
+import json
 import pathlib
 
 import jax
@@ -104,6 +106,19 @@ def test_any_flipped_bit_and_any_missing_byte_are_noticed():
   for length in range(len(data)):
     with pytest.raises(ValueError, match='damaged|not a file|another format'):
       codec.read_header(data[:length])
+
+
+@pytest.mark.parametrize('change', [
+    {'sequences': -1}, {'sequences': True}, {'sequences': '9'}, {'batch': 0}, {'batch': 10**9},
+    {'batch': 2.0}, {'labels': 1}, {'check': None}, {'check': ...}])
+def test_a_header_that_no_writer_wrote_is_refused_before_anything_is_made_for_it(change):
+  tokens, labels = drawn('ends', 300)
+  data = codec.compress(loaded('ends'), tokens[:3], labels[:3])
+  header = {**codec.read_header(data), **change}
+  text = json.dumps({k: v for k, v in header.items() if v is not ...}).encode()
+  forged = codec.MAGIC + len(text).to_bytes(4, 'little') + text
+  with pytest.raises(ValueError, match='the header of the file'):
+    codec.read_header(forged + hashlib.sha256(forged).digest())
 
 
 def test_another_generator_is_refused():
