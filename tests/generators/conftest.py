@@ -4,6 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
+
+
+@pytest.fixture
+def fits():
+  """Chi-square of counts of outcomes, p > 1e-3; what the law excludes must not occur."""
+  def fits(counts, law) -> bool:
+    law = np.asarray(law, np.float64).reshape(-1)
+    possible = law > 0
+    if counts[~possible].any():
+      return False
+    return stats.chisquare(
+        counts[possible], law[possible] / law.sum() * counts.sum()).pvalue > 1e-3
+
+  return fits
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import optax
 import pytest
 from flax import nnx
 from hypothesis import given, settings as hypothesis_settings, strategies as st
-from scipy import stats
 
 from smalti.generators.block import BlockDiffusion, BlockDiffusionConfig, BlockDiffusionSettings
 from smalti.generators.generator import example_keys, generate
@@ -105,15 +104,6 @@ def frequencies(model, settings=None, n=20000, **options):
   tokens = np.asarray(draw(model, settings, n, **options).tokens).reshape(n, -1)
   flat = np.ravel_multi_index(tuple(tokens.T), model.flat.vocab * model.flat.length)
   return np.bincount(flat, minlength=model.flat.vocab[0] ** model.flat.length)
-
-
-def fits(counts, law) -> bool:
-  """Chi-square, p > 1e-3; what the law excludes must not occur."""
-  law = np.asarray(law).reshape(-1)
-  possible = law > 0
-  if counts[~possible].any():
-    return False
-  return stats.chisquare(counts[possible], law[possible] * counts.sum()).pvalue > 1e-3
 
 
 def arrays(spec):
@@ -298,7 +288,7 @@ def wide(kind=Exact, size=2):
 
 
 @pytest.mark.parametrize('size', (1, 2, 4))
-def test_first_hitting_samples_the_joint_exactly(size):
+def test_first_hitting_samples_the_joint_exactly(fits, size):
   model = wide(size=size)
   assert fits(frequencies(model), model.tables[0])
   if size < 4:  # the control: a block that is not written into the cache must be noticed
@@ -307,7 +297,7 @@ def test_first_hitting_samples_the_joint_exactly(size):
 
 @pytest.mark.parametrize('grid, steps, weight', [
     ('uniform', 4, .25), ('cosine', 4, .30448187), ('uniform', 1, 1.)])
-def test_ancestral_sampler_mixes_in_what_is_revealed_together(grid, steps, weight):
+def test_ancestral_sampler_mixes_in_what_is_revealed_together(fits, grid, steps, weight):
   """Inside a block; two blocks of one code each are drawn from the joint by any sampler."""
   settings = BlockDiffusionSettings(sampler=ANCESTRAL, grid=grid, steps=steps)
   counts = frequencies(Exact(PAIR, P, block_size=2), settings)
@@ -316,7 +306,7 @@ def test_ancestral_sampler_mixes_in_what_is_revealed_together(grid, steps, weigh
   assert fits(frequencies(Exact(PAIR, P, block_size=1), settings), P)
 
 
-def test_maskgit_choice_temperature_moves_between_greedy_and_exact():
+def test_maskgit_choice_temperature_moves_between_greedy_and_exact(fits):
   model = Exact(PAIR, P, block_size=2)
   greedy, random = (frequencies(model, BlockDiffusionSettings(
       sampler=MASKGIT, steps=2, choice_temperature=t)) for t in (0., 1e9))
@@ -324,7 +314,7 @@ def test_maskgit_choice_temperature_moves_between_greedy_and_exact():
   assert fits(random, P)
 
 
-def test_confidence_in_a_block_moves_between_greedy_and_exact():
+def test_confidence_in_a_block_moves_between_greedy_and_exact(fits):
   """As in one block of all codes, see test_unmasking; two at a time are independent."""
   model = Exact(PAIR, P, block_size=2)
   greedy, random, together = (frequencies(model, BlockDiffusionSettings(
@@ -355,7 +345,7 @@ def test_passes_are_as_many_as_codes_and_fewer_where_they_are_known():
   assert draw(model, n=4, known=known, known_mask=jnp.arange(6)[:, None] < 5).nfe == 1 + 1
 
 
-def test_temperature_zero_and_truncation():
+def test_temperature_zero_and_truncation(fits):
   model = Exact(PAIR, P, block_size=1)
   for options in ({'temperature': 0.}, {'top_k': 1}):
     counts = frequencies(model, BlockDiffusionSettings(**options), n=64)
@@ -370,7 +360,7 @@ def test_temperature_zero_and_truncation():
 @pytest.mark.parametrize('places, size, exact', [
     ((0, 1), 2, True), ((1,), 2, True), ((0,), 1, True), ((0, 2), 4, True), ((2,), 2, False),
     ((1, 3), 2, False)])
-def test_infilling_is_exact_where_it_says_so(places, size, exact):
+def test_infilling_is_exact_where_it_says_so(fits, places, size, exact):
   """Known codes come back; those of the first unknown block count, later ones are not looked at."""
   model = wide(size=size)
   values = np.array([0, 2, 0, 1])
@@ -416,7 +406,7 @@ def strings(kind=Exact):
   return kind(spec, table / table.sum(), block_size=2)
 
 
-def test_strings_are_drawn_from_their_law_and_their_bound_is_tight():
+def test_strings_are_drawn_from_their_law_and_their_bound_is_tight(fits):
   model = strings()
   assert fits(frequencies(model), model.tables[0])
   table = np.array(model.tables[0]).reshape((4,) * 4)
@@ -476,14 +466,14 @@ Q = np.array([[.05, .45], [.25, .25]])
 NULL = (P + Q) / 2
 
 
-def test_labels_select_the_law_and_none_is_the_null_label():
+def test_labels_select_the_law_and_none_is_the_null_label(fits):
   model = Exact(PAIR, P, Q, NULL, classes=2, block_size=1)
   for label, law in ((0, P), (1, Q), (-1, NULL), (None, NULL)):
     condition = None if label is None else {'label': jnp.full(20000, label)}
     assert fits(frequencies(model, condition=condition), law)
 
 
-def test_guidance_tilts_every_conditional_and_costs_two_passes():
+def test_guidance_tilts_every_conditional_and_costs_two_passes(fits):
   model = Exact(PAIR, P, Q, NULL, classes=2, block_size=1)
   for scale in (0., 1., 3.):
     def tilted(c, u, scale=scale):
@@ -513,7 +503,7 @@ def test_one_program_for_labels_seeds_and_float_settings(calls):
 
 # ---- several codes per position, refusals, training
 
-def test_several_codes_per_position_are_a_flat_row():
+def test_several_codes_per_position_are_a_flat_row(fits):
   spec = TokenSpec(grid=(1,), vocab=(2, 2))
   model = Exact(spec, P, block_size=1)
   tokens = np.asarray(draw(model).tokens)

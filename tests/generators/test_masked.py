@@ -71,15 +71,6 @@ def frequencies(model, settings, n=20000, seed=0, **known):
   return np.bincount(flat, minlength=model.flat.vocab[0] ** model.flat.length)
 
 
-def fits(counts, law) -> bool:
-  """Chi-square, p > 1e-3; what the law excludes must not occur."""
-  law = np.asarray(law).reshape(-1)
-  possible = law > 0
-  if counts[~possible].any():
-    return False
-  return stats.chisquare(counts[possible], law[possible] * counts.sum()).pvalue > 1e-3
-
-
 # ---- the bound
 
 @pytest.mark.parametrize('schedule', SCHEDULES)
@@ -286,7 +277,7 @@ def test_gradients_are_finite_beside_impossible_codes(objective):
 
 # ---- samplers
 
-def test_first_hitting_samples_the_joint_exactly():
+def test_first_hitting_samples_the_joint_exactly(fits):
   settings = MaskedSettings(sampler='first_hitting')
   counts = frequencies(Exact(PAIR, P), settings)
   assert fits(counts, P)
@@ -295,7 +286,7 @@ def test_first_hitting_samples_the_joint_exactly():
 
 @pytest.mark.parametrize('grid, steps, weight', [
     ('uniform', 4, .25), ('cosine', 4, .30448187), ('uniform', 1, 1.), ('cosine', 1, 1.)])
-def test_ancestral_sampler_mixes_in_what_is_revealed_together(grid, steps, weight):
+def test_ancestral_sampler_mixes_in_what_is_revealed_together(fits, grid, steps, weight):
   settings = MaskedSettings(sampler='ancestral', grid=grid, steps=steps)
   counts = frequencies(Exact(PAIR, P), settings)
   assert fits(counts, weight * INDEPENDENT + (1 - weight) * P)
@@ -303,7 +294,7 @@ def test_ancestral_sampler_mixes_in_what_is_revealed_together(grid, steps, weigh
 
 
 @pytest.mark.parametrize('grid, weight', [('uniform', .25), ('cosine', .30448187)])
-def test_the_grid_of_the_sampler_is_not_warped_again_by_the_schedule(grid, weight):
+def test_the_grid_of_the_sampler_is_not_warped_again_by_the_schedule(fits, grid, weight):
   """Times of the sampler are those of the linear schedule, whatever the model's was."""
   settings = MaskedSettings(sampler='ancestral', grid=grid, steps=4)
   counts = frequencies(Exact(PAIR, P, schedule='cosine'), settings, n=100_000)
@@ -313,7 +304,7 @@ def test_the_grid_of_the_sampler_is_not_warped_again_by_the_schedule(grid, weigh
   assert not fits(counts, warped * INDEPENDENT + (1 - warped) * P)
 
 
-def test_maskgit_choice_temperature_moves_between_greedy_and_exact():
+def test_maskgit_choice_temperature_moves_between_greedy_and_exact(fits):
   model = Exact(PAIR, P)
   greedy = frequencies(model, MaskedSettings(steps=2, choice_temperature=0.))
   random = frequencies(model, MaskedSettings(steps=2, choice_temperature=1e9))
@@ -457,7 +448,7 @@ def test_halton_reveals_in_its_order():
   np.testing.assert_array_equal((states >= 0).sum(1)[[1, 2, -2]], (10, 15, 215))
 
 
-def test_temperature_zero_takes_the_likeliest_and_top_k_one_too():
+def test_temperature_zero_takes_the_likeliest_and_top_k_one_too(fits):
   model = Exact(PAIR, P)
   for options in ({'temperature': 0.}, {'top_k': 1}):
     counts = frequencies(model, MaskedSettings(steps=1, **options), n=64)
@@ -470,7 +461,7 @@ def test_temperature_zero_takes_the_likeliest_and_top_k_one_too():
 # ---- infilling
 
 @pytest.mark.parametrize('position', (0, 1))
-def test_infilling_draws_the_conditional(position):
+def test_infilling_draws_the_conditional(fits, position):
   model = Exact(PAIR, P)
   known = jnp.array([1, 1])[:, None]
   known_mask = (jnp.arange(2) == position)[:, None]
@@ -483,7 +474,7 @@ def test_infilling_draws_the_conditional(position):
     assert fits(counts, law)
 
 
-def test_infilling_of_a_larger_grid_is_exact_by_first_hitting():
+def test_infilling_of_a_larger_grid_is_exact_by_first_hitting(fits):
   model = wide()
   known = jnp.array([0, 2, 0, 1])[:, None]
   known_mask = jnp.array([False, True, False, True])[:, None]
@@ -531,7 +522,7 @@ def test_nothing_but_eos_follows_an_eos(sampler):
   assert len(np.unique((tokens == 3).sum(1))) > 2  # several lengths occur
 
 
-def test_strings_are_drawn_from_their_law():
+def test_strings_are_drawn_from_their_law(fits):
   model = strings()
   assert fits(frequencies(model, MaskedSettings(sampler='first_hitting')), model.tables[0])
 
@@ -600,7 +591,7 @@ def labelled(**options):
   return Exact(PAIR, P, Q, NULL, classes=2, **options)
 
 
-def test_labels_select_the_law_and_none_is_the_null_label():
+def test_labels_select_the_law_and_none_is_the_null_label(fits):
   model, keys = labelled(), example_keys(0, jnp.arange(20000))
   settings = MaskedSettings(sampler='first_hitting')
   for label, law in ((0, P), (1, Q), (-1, NULL), (None, NULL)):
@@ -681,7 +672,7 @@ def test_the_label_reaches_every_position(modulated):
 
 # ---- several codes per position, refusals, training
 
-def test_several_codes_per_position_are_a_flat_row():
+def test_several_codes_per_position_are_a_flat_row(fits):
   spec = TokenSpec(grid=(1,), vocab=(2, 2))
   model = Exact(spec, P)
   sample = generate(model, None, keys=example_keys(0, jnp.arange(20000)),

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from scipy import stats
 
 from smalti.generators.generator import example_keys, generate
 from smalti.generators.maskbit import MaskBit, MaskBitConfig
@@ -68,12 +67,6 @@ def truth(name):
   return codes, np.array(rows)
 
 
-def fits(counts, law):
-  """Chi-square, p > 1e-3."""
-  law = np.asarray(law, np.float64)
-  return stats.chisquare(counts, law / law.sum() * counts.sum()).pvalue > 1e-3
-
-
 @pytest.mark.parametrize('name', SPECS)
 def test_every_order_is_a_distribution_and_the_bound_their_mean(name):
   model = build(name)
@@ -86,7 +79,7 @@ def test_every_order_is_a_distribution_and_the_bound_their_mean(name):
 
 
 @pytest.mark.parametrize('name', SPECS)
-def test_first_hitting_draws_the_mixture_of_all_orders(name):
+def test_first_hitting_draws_the_mixture_of_all_orders(fits, name):
   model = build(name)
   codes, orders = truth(name)
   sample = generate(model, None, keys=example_keys(0, jnp.arange(COUNTS)),
@@ -158,7 +151,7 @@ def test_tables_are_summed_and_each_has_its_mask():
   assert model.head.kernel.shape == (16, 5)  # no column is MASK
 
 
-def test_known_bits_of_a_word_restrict_it():
+def test_known_bits_of_a_word_restrict_it(fits):
   """Bits 0 and 2 of both positions are known, bit 1 of the second too: one word is drawn."""
   model = build('bits')
   codes, orders = truth('bits')

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from scipy import stats
 
 from smalti.generators.generator import example_keys, generate
 from smalti.generators.masked import MaskedSettings
@@ -65,12 +64,6 @@ def truth():
   return codes, np.array(rows)
 
 
-def fits(counts, law):
-  """Chi-square, p > 1e-3."""
-  law = np.asarray(law, np.float64)
-  return stats.chisquare(counts, law / law.sum() * counts.sum()).pvalue > 1e-3
-
-
 def test_every_order_is_a_distribution_and_the_bound_their_mean():
   codes, orders = truth()
   np.testing.assert_allclose(np.exp(orders).sum(1), 1, atol=1e-5)
@@ -79,7 +72,7 @@ def test_every_order_is_a_distribution_and_the_bound_their_mean():
   np.testing.assert_allclose(bound, orders.mean(0), atol=1e-5)
 
 
-def test_first_hitting_draws_the_mixture_of_all_orders():
+def test_first_hitting_draws_the_mixture_of_all_orders(fits):
   codes, orders = truth()
   sample = generate(build(PAIR), None, keys=example_keys(0, jnp.arange(COUNTS)),
                     settings=MaskedSettings(sampler='first_hitting'))
