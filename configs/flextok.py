@@ -1,7 +1,8 @@
 """FlexTok on pixels: smalti train --config=flextok:small --workdir=runs/flextok.
 
 Sizes: `digits` needs nothing and takes minutes on a laptop; `small` is CIFAR-10 as JPEG (its file
-under $SMALTI_DATA_DIR), half an hour on two cores. Decoded at every length:
+under $SMALTI_DATA_DIR), half an hour on two cores; `aligned` is the same with features drawn to
+those of the classifier trained here. Decoded at every length:
 
   smalti reconstruct --workdir=runs/flextok [--settings.steps=10 --settings.guidance=2]
   python -m smalti.launch.budgets --workdir=runs/flextok
@@ -21,6 +22,7 @@ from smalti.launch.experiment import (
     Published,
 )
 from smalti.networks.flow import lean
+from smalti.tokenizers.alignment import AlignmentConfig
 from smalti.tokenizers.flexible import FlexTokConfig
 from smalti.tokenizers.scalar import FSQConfig
 
@@ -33,6 +35,8 @@ SIZES = {
                   levels=(8, 8, 8, 5, 5, 5), rate=1e-3, batch_size=32, steps=1800, location=1.5,
                   data=CifarJpegConfig(augment=AugmentConfig(flip=True))),
 }
+SIZES['aligned'] = dict(
+    SIZES['small'], alignment=AlignmentConfig(teacher='cifar10', block=2, hidden=512))
 
 
 def get_config(size: str = 'small') -> Experiment:
@@ -43,7 +47,8 @@ def get_config(size: str = 'small') -> Experiment:
       model=FlexTokConfig(
           image_size=(options['image'],) * 2, channels=options['channels'], patch=options['patch'],
           registers=options['registers'], encoder=blocks, decoder=blocks,
-          quantizer=FSQConfig(levels=options['levels']), location=options.get('location', 0.0)),
+          quantizer=FSQConfig(levels=options['levels']), location=options.get('location', 0.0),
+          alignment=options.get('alignment')),
       data=options['data'],
       steps=options['steps'],
       batch_size=options['batch_size'],

@@ -1,12 +1,14 @@
 """FlexTok's tokenizers of ImageNet at 256 px (arXiv 2502.13967; apple/ml-flextok).
 
   smalti train --config=klvae --workdir=runs/klvae --config.data.data_dir=TFDS
-  smalti train --config=imagenet256_flextok_tokenizer:d18_d28 --init_from=vae=runs/klvae \
+  SMALTI_DINOV2=dinov2-large.safetensors \
+    smalti train --config=imagenet256_flextok_tokenizer:d18_d28 --init_from=vae=runs/klvae \
     --workdir=DIR --config.data.data_dir=TFDS
 
 Encoder and decoder layers give the name, widths are 64 per layer. Published are the architecture
 and 256 registers of 64,000 codes on the 32 x 32 x 16 latents of an f8 VAE; the recipe is not, and
-this one is ours: no REPA term, one rate for all widths. Never run at these sizes by us.
+this one is ours, one rate for all widths, REPA at the block and weight of its own paper (set
+--config.model.alignment=none to do without DINOv2's weights). Never run at these sizes by us.
 """
 
 from smalti.data.catalogue import TFDSConfig
@@ -19,6 +21,7 @@ from smalti.launch.experiment import (
     Published,
 )
 from smalti.networks.flow import lean
+from smalti.tokenizers.alignment import AlignmentConfig
 from smalti.tokenizers.flexible import FlexTokConfig
 from smalti.tokenizers.scalar import FSQConfig
 from smalti.tokenizers.variational import VAEConfig
@@ -47,6 +50,7 @@ def get_config(size: str = 'd18_d18') -> Experiment:
           image_size=(options['image'],) * 2, vae=options['vae'], patch=options['patch'],
           registers=options['registers'], encoder=options['encoder'], decoder=options['decoder'],
           quantizer=FSQConfig(levels=options['levels']), reach=None,
+          alignment=None if size == 'debug' else AlignmentConfig(teacher='dinov2_large'),
           dtype='float32' if size == 'debug' else 'bfloat16'),
       data=TFDSConfig(name='imagenet2012', eval='validation', size=options['image']),
       steps=options['steps'],

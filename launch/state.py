@@ -74,8 +74,8 @@ def init(build: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTrans
 
 
 def released(tree: dict) -> dict:
-  """Parameters or buffers but the discriminator's: what is averaged, fingerprinted, exported."""
-  return {name: part for name, part in tree.items() if name != 'discriminator'}
+  """Parameters or buffers without those of training alone: averaged, fingerprinted, exported."""
+  return {name: part for name, part in tree.items() if name not in ('discriminator', 'alignment')}
 
 
 def to_dict(tree: Any) -> dict:

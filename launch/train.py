@@ -26,6 +26,7 @@ from smalti.launch import (
   run as runs,
   state as states,
   step as steps,
+  teacher,
   warmstart,
 )
 from smalti.launch.checkpoint import Checkpoints
@@ -400,9 +401,10 @@ def _frozen(experiment: Experiment, tokenizer: runs.Loaded | None, mesh: jax.sha
             ) -> dict[str, Any]:
   """The networks that are arguments of the step, by name, on every device."""
   frozen = {} if tokenizer is None else {'tokenizer': tokenizer.model}
-  judge = perceptual.load(experiment.model)
-  if judge is not None:
-    frozen['perceptual'] = _everywhere(judge, mesh)
+  for name, found in (('perceptual', perceptual.load(experiment.model)),
+                      ('teacher', teacher.load(experiment.model))):
+    if found is not None:
+      frozen[name] = _everywhere(found, mesh)
   return frozen
 
 

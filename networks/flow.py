@@ -6,6 +6,7 @@ by adaLN-zero, patches and registers each in their own way, and the head alone r
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,22 @@ class FlowTransformer(nnx.Module):
   def __call__(self, x: Float[Array, 'b n f'], registers: Float[Array, 'b k c'],
                t: Float[Array, 'b'], *, key: Array | None = None, train: bool = False
                ) -> Float[Array, 'b n f']:
+    y, time = self._begin(x, registers, t)
+    return self._end(x, self.transformer(y, modulation=time, key=key, train=train))
+
+  def tapped(self, x: Float[Array, 'b n f'], registers: Float[Array, 'b k c'],
+             t: Float[Array, 'b'], block: int, *, key: Array | None = None, train: bool = False
+             ) -> tuple[Float[Array, 'b n f'], Float[Array, 'b n c']]:
+    """The same, and what the patches are after a block, 1 the first."""
+    y, time = self._begin(x, registers, t)
+    options: Any = dict(modulation=time, key=key, train=train)
+    y = self.transformer(y, part=(0, block), **options)
+    z = self.transformer(y, part=(block, self.transformer.layers), **options)
+    return self._end(x, z), y[:, :x.shape[1]]
+
+  def _begin(self, x: Array, registers: Array, t: Array) -> tuple[Array, Array]:
     y = self.input(x) + jnp.asarray(grid_sinusoid(self.grid, self.width), self.input.dtype)
-    y = jnp.concatenate([y, registers.astype(y.dtype)], 1)
-    y = self.transformer(y, modulation=self.time(t), key=key, train=train)
+    return jnp.concatenate([y, registers.astype(y.dtype)], 1), self.time(t)
+
+  def _end(self, x: Array, y: Array) -> Array:
     return self.head(jax.lax.slice_in_dim(y, 0, x.shape[1], axis=1))

@@ -90,31 +90,32 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-  """x / sqrt(mean(x^2) + 1e-5) * scale over the last axis, in float32."""
+  """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32."""
 
-  def __init__(self, width: int, *, gain: bool = True):
-    self.scale = nnx.Param(jnp.ones(width)) if gain else None
+  def __init__(self, width: int, *, gain: bool = True, epsilon: float = 1e-5):
+    self.scale, self.epsilon = nnx.Param(jnp.ones(width)) if gain else None, epsilon
 
   def __call__(self, x: Float[Array, '*b c']) -> Float[Array, '*b c']:
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-5)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.epsilon)
     return (y if self.scale is None else y * self.scale[...]).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
-  """(x - mean) / sqrt(variance + 1e-5) over the last axis, in float32.
+  """(x - mean) / sqrt(variance + epsilon) over the last axis, in float32.
 
   With a `width` it is then multiplied by `scale` and shifted by `bias`.
   """
 
-  def __init__(self, width: int | None = None):
+  def __init__(self, width: int | None = None, *, epsilon: float = 1e-5):
+    self.epsilon = epsilon
     self.scale = None if width is None else nnx.Param(jnp.ones(width))
     self.bias = None if width is None else nnx.Param(jnp.zeros(width))
 
   def __call__(self, x: Float[Array, '*b c']) -> Float[Array, '*b c']:
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, -1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-5)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.epsilon)
     return (y if self.scale is None else y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 

@@ -52,6 +52,7 @@ class TransformerConfig:
     axes: coordinates of a position that rotate queries and keys; 0 is no position at all.
     norm: 'rms' with a gain, 'layer' without gain or shift (FlexTok), or 'affine', a layer norm with
       both (ViT-VQGAN, TiTok); for queries and keys too.
+    epsilon: of the norms; 1e-6 in DINOv2.
     mlp: 'swiglu', or one hidden layer of exact 'gelu' (TiTok) or 'tanh' (enhancing-transformers'
       ViT-VQGAN).
     bias: of the MLP and of attention's output (ViT-VQGAN, TiTok).
@@ -74,6 +75,7 @@ class TransformerConfig:
   axes: int = 1
   qk_norm: bool = True
   norm: Literal['rms', 'layer', 'affine'] = 'rms'
+  epsilon: float = 1e-5
   mlp: Literal['swiglu', 'gelu', 'tanh'] = 'swiglu'
   bias: bool = False
   qkv_bias: bool = False
@@ -241,7 +243,8 @@ class Transformer(nnx.Module):
                positions: Int[Array, '... n a'] | Rotations | None = None, causal: bool = False,
                mask: Bool[Array, 'b n'] | Bool[Array, '#b 1 n n'] | None = None,
                modulation: Float[Array, 'b *slots c'] | None = None, memory: Memory | None = None,
-               key: Array | None = None, train: bool = False) -> Float[Array, 'b n c']:
+               key: Array | None = None, train: bool = False, part: tuple[int, int] | None = None
+               ) -> Float[Array, 'b n c']:
     """All positions at once.
 
     Args:
@@ -255,9 +258,14 @@ class Transformer(nnx.Module):
       memory: vectors of the config's width `memory` and which of them may be attended to, one or
         more per row.
       key: for dropout, needed to train with it.
+      part: (a, b), the blocks after the a-th up to the b-th alone; the norm follows the last.
     """
     self._check_modulation(modulation)
     self._check_memory(memory)
+    first, last = part or (0, self.layers)
+    if not 0 <= first < last <= self.layers:
+      raise ValueError(f'{part=} must be (a, b), blocks after the a-th up to the b-th of '
+                       f'{self.layers}.')
     if train and self.dropout and key is None:
       raise ValueError(f'Training with dropout={self.dropout} needs a key.')
     key = key if train and self.dropout else None
@@ -276,8 +284,10 @@ class Transformer(nnx.Module):
     if self.remat:
       body = jax.checkpoint(body, prevent_cse=False)
     x = constrain(x.astype(self.dtype), 'b n c')
-    x, _ = jax.lax.scan(body, x, (params, jnp.arange(self.layers)))
-    return self._last(x, modulation)
+    if part is not None:
+      params = jax.tree.map(lambda leaf: leaf[first:last], params)
+    x, _ = jax.lax.scan(body, x, (params, jnp.arange(first, last)))
+    return self._last(x, modulation) if last == self.layers else x
 
   def hidden(self, x: Float[Array, 'b n c'], *, blocks: tuple[int, ...],
              positions: Int[Array, '... n a'] | Rotations | None = None, causal: bool = False,
@@ -411,8 +421,8 @@ def segments(start: int, length: int) -> list[int]:
 
 def norm(config: TransformerConfig, width: int, gain: bool = True) -> RMSNorm | LayerNorm:
   if config.norm == 'rms':
-    return RMSNorm(width, gain=gain)
-  return LayerNorm(width if gain and config.norm == 'affine' else None)
+    return RMSNorm(width, gain=gain, epsilon=config.epsilon)
+  return LayerNorm(width if gain and config.norm == 'affine' else None, epsilon=config.epsilon)
 
 
 def std(config: TransformerConfig, inputs: int, outputs: int) -> float:

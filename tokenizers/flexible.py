@@ -22,6 +22,7 @@ from smalti.networks.pixels import to_float
 from smalti.networks.transformer import TransformerConfig
 from smalti.networks.vision import RegisterEncoder, patchify, unpatchify
 from smalti.tokenizers import flow
+from smalti.tokenizers.alignment import Alignment, AlignmentConfig
 from smalti.tokenizers.flow import FlowSettings, Times
 from smalti.tokenizers.image import LossWeights, psnr
 from smalti.tokenizers.nested import Schedule, budgets, draw_budget
@@ -63,7 +64,9 @@ class FlexTokConfig(TokenizerConfig):
       (SD3, arXiv 2403.03206, section 3.1; the published decoder has 0). At 0 one example in 600
       has a level above .95, and short trainings leave the first steps of decoding unlearned.
     stratified: spread the levels of a batch evenly over their law; evaluation always does.
-    weights: of the velocity's error ('reconstruction') and the quantizer's terms.
+    alignment: draws features of the decoder to those of a frozen network (REPA, arXiv 2410.06940;
+      FlexTok has it, with DINOv2-L).
+    weights: of the velocity's error ('reconstruction'), the quantizer's terms and `alignment`.
     dtype: compute dtype of the transformers; quantizer, norms and losses are float32.
   """
   image_size: tuple[int, int] = (32, 32)
@@ -81,11 +84,15 @@ class FlexTokConfig(TokenizerConfig):
   times: Times = 'logit_normal'
   location: float = 0.0
   stratified: bool = True
+  alignment: AlignmentConfig | None = None
   weights: LossWeights = dataclasses.field(default_factory=LossWeights)
   dtype: Literal['float32', 'bfloat16'] = 'float32'
 
   def build(self, *, rngs: nnx.Rngs) -> 'FlexTok':
     return FlexTok(self, rngs=rngs)
+
+  def released(self) -> 'FlexTokConfig':
+    return dataclasses.replace(self, alignment=None)
 
 
 class FlexTok(Tokenizer):
@@ -130,6 +137,8 @@ class FlexTok(Tokenizer):
     self.absent = Embedding(2, up.width, rngs=rngs)
     self.decoder = FlowTransformer(
         up, grid=self.grid, features=self.features, registers=config.registers, rngs=rngs)
+    self.alignment = Alignment(
+        config.alignment, up.width, dtype=config.dtype, rngs=rngs) if config.alignment else None
     nested = config.schedule is not None
     self.spec = TokenSpec(
         grid=(config.registers,), vocab=q.vocab, factors=q.factors,
@@ -246,10 +255,16 @@ class FlexTok(Tokenizer):
     t = flow.draw_times(time, count, self.times, location=self.location,
                         stratified=self.stratified or not train, strata=batch.get('strata'))
     noise = jax.random.normal(draw, (patches.size,)).reshape(patches.shape)
-    velocity = self.decoder(flow.mix(patches, noise, t), self.condition(q.vectors, keep, null), t,
-                            key=up, train=train)
+    given = flow.mix(patches, noise, t), self.condition(q.vectors, keep, null), t
+    aligned = {}
+    if self.alignment is None:
+      velocity = self.decoder(*given, key=up, train=train)
+    else:
+      velocity, hidden = self.decoder.tapped(*given, self.alignment.block, key=up, train=train)
+      aligned = {'alignment': self.alignment(
+          hidden, self._teacher(batch)(to_float(batch['image']), self.grid))}
     error = jnp.mean(jnp.square(velocity - (noise - patches)), (1, 2))
-    terms = {'reconstruction': jnp.mean(error), **q.losses}
+    terms = {'reconstruction': jnp.mean(error), **q.losses, **aligned}
     loss = LossWeights(**dict(self.weights)).total(terms, step, train=train)
     metrics = {**terms, **q.metrics, **flow.by_level(error, t)}
     if not train:
@@ -259,6 +274,12 @@ class FlexTok(Tokenizer):
     statistics = None if q.statistics is None else {'quantizer': q.statistics}
     return loss, {'metrics': jax.lax.stop_gradient(metrics), 'weight': jnp.float32(count),
                   'statistics': statistics}
+
+  def _teacher(self, batch: dict[str, Any]) -> Any:
+    if 'teacher' not in batch:
+      raise ValueError('alignment needs a frozen network in the batch, as `teacher`: smalti train '
+                       'puts it there.')
+    return batch['teacher']
 
   def prepare(self, batch: dict[str, Array], *, key: Array) -> None:
     """Data-dependent initialisation of the codebooks, from the encoder's first output."""
@@ -270,6 +291,9 @@ def _check(config: FlexTokConfig) -> None:
     raise ValueError(f'reach={config.reach} must be positive, or None for no bound.')
   if not 0 <= config.null < 1:
     raise ValueError(f'null={config.null} must be at least 0 and below 1.')
+  if config.alignment and not 1 <= config.alignment.block < config.decoder.layers:
+    raise ValueError(f'alignment.block={config.alignment.block} must be a block before the last of '
+                     f'decoder.layers={config.decoder.layers}.')
   if config.times not in ('logit_normal', 'uniform'):
     raise ValueError(f'times={config.times!r} must be logit_normal or uniform.')
   if config.location and config.times == 'uniform':

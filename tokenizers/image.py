@@ -33,6 +33,7 @@ class LossWeights:
     commitment: of |sg q - z|^2 (beta; arXiv 1711.00937 has 0.25).
     entropy: of the entropy terms of binary and softmax codes (Open-MAGVIT2 0.1, MaskBit 0.02).
     code: of mean y (1 - y), the uncertainty of Bernoulli codes (Binary Latent Diffusion: 0).
+    alignment: of minus the cosine to a frozen network's features, where there is one (REPA: 0.5).
     entropy_boost, entropy_steps: at step 0 the entropy terms weigh `entropy_boost` times that,
       falling linearly to once at `entropy_steps` (MaskBit and BSQ: 3 over 2,000 steps).
   """
@@ -42,6 +43,7 @@ class LossWeights:
   commitment: float = 0.25
   entropy: float = 0.1
   code: float = 0.0
+  alignment: float = 0.5
   entropy_boost: float = 1.0
   entropy_steps: int = 2000
 
