@@ -5,7 +5,8 @@
     <!-- results: bench_train.json | Case = {case} | Ratio = {cpu_ratio.median:.2f} -->
     <!-- end -->
 
-A row per entry of the file's results, or of one of them (`budgets.json#steps`); a column per
+A row per entry of the file's results, or of one of them (`budgets.json#steps`), or per file of a
+folder (`infilling`), whose key is the file's name; a column per
 `Heading = template`, whose fields are dotted paths (`{key}` is the name of an entry; a cell whose
 fields are all missing is empty). Without columns there is one for every number. Below the table
 stands what repeats it. A single number in a sentence is `<!-- result: demo.json
@@ -46,6 +47,11 @@ def render(text: str, results: pathlib.Path) -> str:
 
 
 def _load(path: pathlib.Path) -> Mapping[str, Any]:
+  if path.is_dir() and any(path.glob('*.json')):
+    found = {file.stem: provenance.load(file) for file in sorted(path.glob('*.json'))}
+    first, *others = found.values()
+    return {**first, 'results': {name: one['results'] for name, one in found.items()},
+            'seconds': sum(one['seconds'] for one in found.values()), 'others': len(others)}
   if not path.is_file():
     known = ', '.join(sorted(p.name for p in path.parent.glob('*.json'))) or 'none'
     raise ValueError(f'no results at {path.name}; there are {known}.')
@@ -88,7 +94,8 @@ def _numbers(rows: list[dict]) -> list[tuple[str, str]]:
 def _source(document: Mapping[str, Any]) -> str:
   commit = (document['commit'] or 'unknown')[:10] + (' and changes' if document['modified'] else '')
   versions, cores = document['versions'], document['machine']['cores']
-  return (f'<sub>`{document["command"]}`, commit {commit}, {document["date"][:10]}, '
+  others = f' and {document["others"]} more of its kind' if document.get('others') else ''
+  return (f'<sub>`{document["command"]}`{others}, commit {commit}, {document["date"][:10]}, '
           f'{cores} core{"s" * (cores != 1)}, jax {versions["jax"]}, '
           f'{document["seconds"]:.0f} s</sub>')
 

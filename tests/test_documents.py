@@ -27,7 +27,7 @@ def test_tables_are_rendered_from_their_files(page):
   assert documents.render(text, RESULTS) == text, 'run python -m smalti.launch.documents'
 
 
-@pytest.mark.parametrize('path', sorted(RESULTS.glob('*.json')), ids=name)
+@pytest.mark.parametrize('path', sorted(RESULTS.rglob('*.json')), ids=name)
 def test_results_say_how_to_repeat_them(path):
   found = provenance.load(path)
   assert found['command'] and found['commit'] and found['versions']['jax']
@@ -156,6 +156,16 @@ def test_a_part_of_the_results(results):
       documents.render(f'<!-- results: {name} | Case = {{case}} -->\n<!-- end -->', results)
       for name in ('rows.json', 'parts.json#rows'))
   assert '| a |\n| b |' in whole and part.split('\n')[1:] == whole.split('\n')[1:]
+
+
+def test_a_folder_has_a_row_per_file(results):
+  (results / 'runs').mkdir()
+  for name, n in (('b', 2), ('a', 1)):
+    content = json.loads((results / 'runs.json').read_text())
+    (results / 'runs' / f'{name}.json').write_text(json.dumps({**content, 'results': {'n': n}}))
+  text = documents.render('<!-- results: runs | Run = {key} | N = {n} -->\n<!-- end -->', results)
+  assert '| a | 1 |\n| b | 2 |\n' in text
+  assert '` and 1 more of its kind, commit' in text
 
 
 def test_a_number_in_a_sentence(results):
