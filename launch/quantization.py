@@ -1,11 +1,12 @@
 """What int8 costs and saves: `python -m smalti.launch.quantization --workdir=RUN --out=FILE.json`.
 
-Held-out tokens are scored code by code through the cache, as sampling computes them: as trained,
-with an int8 cache, with int8 weights, with both. Beside the bits per token stand the bytes of the
-cache of a sequence and of the blocks' weights, the temporary memory of the sampling program, and
-codes drawn per second, timed in turns.
+Held-out tokens are scored code by code through the cache, as sampling computes them: as trained, in
+the other float dtype, with an int8 cache, with int8 weights, with both. Beside the bits per token
+stand the bytes of the cache of a sequence and of the blocks' weights, the temporary memory of the
+sampling program, and codes drawn per second, timed in turns.
 """
 
+import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from smalti.generators.autoregressive import Autoregressive, AutoregressiveSettings
 from smalti.generators.generator import example_keys, generate
-from smalti.launch import cli, provenance, run as runs, timing
+from smalti.launch import cli, provenance, run as runs, state as states, timing
 from smalti.launch.evaluate import tokenize
 from smalti.launch.judge import spread
 from smalti.launch.progress import say
@@ -30,24 +32,30 @@ CASES: dict[str, tuple[dict[str, Any], float | None]] = {
 
 
 def measure(model: Autoregressive, tokens: np.ndarray, labels: np.ndarray | None = None, *,
-            batch: int = 64, rounds: int = 5) -> list[dict[str, Any]]:
+            other: tuple[str, Autoregressive] | None = None, batch: int = 64, rounds: int = 5
+            ) -> list[dict[str, Any]]:
   """One row per case, the model as trained first.
 
   Args:
     tokens, labels: int32[n, N, D] held-out tokens, and int32[n] or None.
+    other: the name of a second case, and the model with these weights that it measures.
     batch: sequences side by side, scored and drawn.
     rounds: in which the cases draw in turns.
   """
   count = np.asarray(model.spec.valid(tokens)).sum((1, 2))
   valid = np.asarray(model.flat.valid(model.spec.to('flat', tokens)))[..., 0]
-  sides = {name: _Draw(model, batch, settings) for name, (settings, _) in CASES.items()}
-  timings: dict[str, list[timing.Timing]] = {name: [] for name in CASES}
+  cases = {name: (model, *case) for name, case in CASES.items()}
+  if other is not None:
+    plain, *rest = cases.items()
+    cases = dict([plain, (other[0], (other[1], {}, None)), *rest])
+  sides = {name: _Draw(one, batch, settings) for name, (one, settings, _) in cases.items()}
+  timings: dict[str, list[timing.Timing]] = {name: [] for name in cases}
   for i in range(rounds):
-    for name in list(CASES)[::1 if i % 2 == 0 else -1]:
+    for name in list(cases)[::1 if i % 2 == 0 else -1]:
       timings[name].append(sides[name].measure(1))
   rows, first = [], None
-  for name, (settings, goal) in CASES.items():
-    nats, likeliest = score(model, tokens, labels, batch=batch, **settings)
+  for name, (one, settings, goal) in cases.items():
+    nats, likeliest = score(one, tokens, labels, batch=batch, **settings)
     bits = nats.sum(-1) / np.log(2)
     first = (bits, likeliest) if first is None else first
     extra = bits - first[0]
@@ -59,8 +67,8 @@ def measure(model: Autoregressive, tokens: np.ndarray, labels: np.ndarray | None
         'rise_error': error, 'goal': goal, 'met': None if goal is None else rise <= goal,
         'agreement': float((likeliest == first[1])[valid].mean()),
         'cache_bytes': _size(jax.eval_shape(functools.partial(
-            model.transformer.cache, 1, model.flat.length, settings.get('cache')))),
-        'weight_bytes': nbytes(quantized(model) if 'weights' in settings else model),
+            one.transformer.cache, 1, one.flat.length, settings.get('cache')))),
+        'weight_bytes': nbytes(quantized(one) if 'weights' in settings else one),
         'temporary_bytes': sides[name].program.bytes,
         **{f'codes_per_{clock}_second': round(codes / np.median(
             [getattr(t, clock) for t in timings[name]])) for clock in ('cpu', 'wall')}})
@@ -80,6 +88,16 @@ def score(model: Autoregressive, tokens: np.ndarray, labels: np.ndarray | None =
     found.append([np.asarray(x) for x in forced(model, rows)])
   nats, likeliest = (np.concatenate(x)[:len(tokens)] for x in zip(*found))
   return nats.astype(np.float64), likeliest
+
+
+def in_other_dtype(loaded: runs.Loaded) -> tuple[str, Autoregressive]:
+  """bfloat16 of a model of float32 and the reverse, with the same weights."""
+  config: Any = loaded.config
+  dtype = 'bfloat16' if config.transformer.dtype == 'float32' else 'float32'
+  config = dataclasses.replace(
+      config, transformer=dataclasses.replace(config.transformer, dtype=dtype))
+  structure = states.structure(lambda: runs.build(config, loaded.spec, nnx.Rngs(0)))
+  return dtype, structure.merge(*states.Structure.of(loaded.model).split(loaded.model))
 
 
 class _Draw(timing.Ours):
@@ -122,7 +140,7 @@ def main(values: Any) -> int:
   rows = source.read(spread(len(source), values.n))
   labels = rows.get('label') if loaded.model.classes else None
   found = measure(loaded.model, tokenize(codec, rows['image']), labels,
-                  batch=values.batch_size, rounds=values.rounds)
+                  other=in_other_dtype(loaded), batch=values.batch_size, rounds=values.rounds)
   for row in found:
     say(f'{row["case"]:<13} {row["bits_per_token"]:.4f} bits per token ({row["rise"]:+.3%}, '
         f'standard error {row["rise_error"]:.3%}), {row["agreement"]:.2%} of the likeliest codes; '

@@ -1,6 +1,7 @@
 """What int8 costs is measured against the model as trained, on every sequence once."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,18 @@ import pytest
 from flax import nnx
 
 from smalti.generators.autoregressive import AutoregressiveConfig
-from smalti.launch import quantization
+from smalti.launch import quantization, run as runs
 from smalti.networks.transformer import TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
+
+CONFIG = AutoregressiveConfig(classes=2, transformer=TransformerConfig(
+    layers=1, width=32, heads=2))
+SPEC = TokenSpec(grid=(4,), vocab=(3,), eos=2)
 
 
 @functools.cache
 def build():
-  config = AutoregressiveConfig(classes=2, transformer=TransformerConfig(
-      layers=1, width=32, heads=2))
-  model = config.build(TokenSpec(grid=(4,), vocab=(3,), eos=2), rngs=nnx.Rngs(0))
+  model = CONFIG.build(SPEC, rngs=nnx.Rngs(0))
   model.head.kernel[...] = 0.3 * jax.random.normal(jax.random.key(7), model.head.kernel.shape)
   for linear in (model.transformer.blocks.attention.key_value, model.transformer.blocks.down):
     linear.kernel[...] *= 20
@@ -34,7 +37,9 @@ def data(n=7):
 
 @functools.cache
 def measured():
-  return quantization.measure(build(), *data(), batch=3, rounds=1)
+  loaded = runs.Loaded(build(), CONFIG, {}, SPEC, '', None, 0, pathlib.Path('generator'), 'raw')
+  other = quantization.in_other_dtype(loaded)
+  return quantization.measure(build(), *data(), other=other, batch=3, rounds=1)
 
 
 def test_the_first_row_is_the_likelihood_of_the_model():
@@ -50,13 +55,14 @@ def test_the_first_row_is_the_likelihood_of_the_model():
 
 
 def test_goals_are_those_of_the_cache_and_of_the_weights():
-  assert [row['goal'] for row in measured()] == [None, 0.005, 0.01, None]
-  for row in measured()[1:3]:
+  assert [row['goal'] for row in measured()] == [None, None, 0.005, 0.01, None]
+  for row in measured()[2:4]:
     assert row['met'] is (row['rise'] <= row['goal'])
 
 
 def test_bytes_are_a_quarter_and_the_scales():
-  plain, cache, weights, both = measured()
+  plain, other, cache, weights, both = measured()
+  assert other['case'] == 'bfloat16' and other['weight_bytes'] == plain['weight_bytes']
   entries = 2 * 2 * 4  # keys and values of 2 heads for 4 codes
   assert plain['cache_bytes'] == weights['cache_bytes'] == 4 * 16 * entries
   assert cache['cache_bytes'] == both['cache_bytes'] == (16 + 4) * entries
