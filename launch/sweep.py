@@ -37,6 +37,7 @@ from smalti.launch import (
     manifest,
     mesh as meshes,
     pictures,
+    provenance,
     run as runs,
     serialization,
     signals,
@@ -410,8 +411,8 @@ def define(values: Any) -> None:
   cli.define_sweep(values)
   flags.DEFINE_list('rows', None, 'With --config: some of its rows; default all.',
                     flag_values=values)
-  flags.DEFINE_string('results', None, 'With --config: the folder of finished rows; default '
-                      'OUT/results.', flag_values=values)
+  flags.DEFINE_string('results', None, 'A JSON file that records the table too; with --config: the '
+                      'folder of finished rows, default OUT/results.', flag_values=values)
   flags.DEFINE_list('workdir', None, 'The generator, or several with commas.', flag_values=values)
   flags.DEFINE_string('out', None, 'The folder of the sweep; default RUN/sweep.',
                       flag_values=values)
@@ -471,6 +472,9 @@ def main(values: Any) -> int:
     found, page = derive(out)
     say(f'{len(found)} cells, {Log.count(out, "batch")} batches drawn in all, '
         f'{sweep.sampler.programs} programs compiled, {time.perf_counter() - begin:.0f} s: {page}')
+    if values.results:
+      provenance.record(values.results, None, [{**row.axes, **row.metrics} for row in found],
+                        samples=values.n)
   return 1 if failed else 0
 
 

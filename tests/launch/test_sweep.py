@@ -10,9 +10,11 @@ import pytest
 from smalti.evaluation.manifest import read_file, read_scores
 from smalti.launch import (
   cells,
+  cli,
   curves,
   evaluate,
   judge as judges,
+  provenance,
   run as runs,
   sweep as sweeps,
   trees,
@@ -172,6 +174,17 @@ def test_a_sweep_goes_on_where_it_stopped_and_gives_the_same_tables(out, generat
   assert sweeps.execute(*asked(out)) == 0
   assert len(drawn) == 8  # finished cells stay
   assert not list(out.rglob('cursor.json'))
+
+
+def test_the_table_is_recorded_where_it_is_asked_for(out, generator, tmp_path):
+  file = tmp_path / 'found.json'
+  assert cli.main(['sweep', f'--workdir={generator}', f'--out={out}', f'--n={N}',
+                   f'--batch_size={BATCH}', '--settings.temperature=1,0.9',
+                   f'--results={file}']) == 0
+  first, second = provenance.load(file)['results']
+  assert (first['temperature'], second['temperature']) == (0.9, 1.0)
+  for row, known in zip((first, second), cells.rows(out), strict=True):
+    assert row == {**known.axes, **known.metrics} and any(name.startswith('fd_') for name in row)
 
 
 def test_a_failing_cell_does_not_stop_the_others(out, generator, monkeypatch):
