@@ -50,6 +50,7 @@ from smalti.launch.sample import (
 from smalti.launch.scores import Scores
 
 LARGEST = 20_000  # real images read for baselines and judges
+SCORED = 4_000  # examples of each split whose likelihood is measured: a bound takes eight passes
 KEPT = 2_000  # samples whose images are kept for distances to the training images
 SMALL = 4096  # values of an image that a support vector machine judges
 
@@ -124,21 +125,25 @@ def evaluate_generator(loaded: runs.Loaded, tokenizer: runs.Loaded, scores: Scor
 
 def _add_likelihood(loaded: runs.Loaded, scores: Scores, real: tuple[np.ndarray, np.ndarray],
                     splits: tuple[Split, Split], *, seed: int) -> None:
-  """Bits per token of the training and of the held-out examples, beside the unigram's.
+  """Bits per token of the training and of the held-out examples, `SCORED` of each, beside what
+  frequencies of the training codes say of these held-out ones.
 
   Per dimension they are spread over the values of an image: of tokens that are its values, its
   likelihood; of a tokenizer's, what the tokens alone cost.
   """
-  key = states.stream(seed, 'eval')
-  unigram = codes.unigram_bits(loaded.spec, *real)
-  positional = codes.unigram_bits(loaded.spec, *real, positional=True)
-  neighbours = codes.neighbour_bits(loaded.spec, *real)
-  for name, tokens, split in zip(('train', 'held_out'), real, splits):
-    bits, error, kind = bits_per_token(loaded, tokens, _given(loaded, split), key=key)
+  key, rows = states.stream(seed, 'eval'), [spread(len(tokens), SCORED) for tokens in real]
+  compared = real[0], real[1][rows[1]]
+  unigram = codes.unigram_bits(loaded.spec, *compared)
+  positional = codes.unigram_bits(loaded.spec, *compared, positional=True)
+  neighbours = codes.neighbour_bits(loaded.spec, *compared)
+  for name, tokens, split, chosen in zip(('train', 'held_out'), real, splits, rows):
+    given = {entry: values[chosen] for entry, values in _given(loaded, split).items()}
+    tokens = tokens[chosen]
+    bits, error, kind = bits_per_token(loaded, tokens, given, key=key)
     scores.add(f'bits_per_token_{name}', bits, unit='bits per token', higher=False, likelihood=kind,
                samples=len(tokens), reference=split.fingerprint, reference_samples=len(tokens),
                standard_error=error, bits_per_dimension=bits * float(
-                   np.asarray(loaded.spec.valid(tokens)).sum()) / split.images.size,
+                   np.asarray(loaded.spec.valid(tokens)).sum()) / split.images[chosen].size,
                unigram=unigram, positional_unigram=positional, neighbours=neighbours)
 
 

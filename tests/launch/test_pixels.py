@@ -12,6 +12,7 @@ from smalti.launch import evaluate, run as runs
 from smalti.launch.experiment import MeshConfig
 from smalti.launch.sample import draw
 from smalti.launch.scores import Scores
+from smalti.launch.state import stream
 from smalti.launch.train import train
 
 
@@ -25,7 +26,7 @@ def test_the_mark_of_pixels_is_of_their_sizes():
       runs.load(text)
 
 
-def test_a_generator_of_pixels_trains_and_draws_images(tmp_path):
+def test_a_generator_of_pixels_trains_and_draws_images(tmp_path, monkeypatch):
   experiment = dataclasses.replace(
       cifar10_md4.get_config('debug'), data=DigitsConfig(), tokenizer='pixels:8x8x1',
       mesh=MeshConfig(data=1), steps=1)
@@ -43,6 +44,14 @@ def test_a_generator_of_pixels_trains_and_draws_images(tmp_path):
   found = Scores(loaded, quiet=True)
   evaluate.evaluate_generator(loaded, pixels, found, *splits, drawn, seed=0)
   bits = {score.name: score for score in found.rows}['bits_per_token_held_out']
+  assert bits.beside['bits_per_dimension'] == pytest.approx(bits.value)
+  monkeypatch.setattr(evaluate, 'SCORED', 16)  # of 64: every fourth
+  few = Scores(loaded, quiet=True)
+  evaluate.evaluate_generator(loaded, pixels, few, *splits, drawn, seed=0)
+  bits = {score.name: score for score in few.rows}['bits_per_token_held_out']
+  again, _, _ = evaluate.bits_per_token(
+      loaded, evaluate.tokenize(pixels, splits[1].images[::4]), {}, key=stream(0, 'eval'))
+  assert bits.samples == 16 and bits.value == pytest.approx(again, rel=1e-6)
   assert bits.beside['bits_per_dimension'] == pytest.approx(bits.value)
   with pytest.raises(ValueError, match='was trained on tokenizer'):
     runs.load_tokenizer(loaded, 'pixels:16x4x1')
