@@ -105,7 +105,8 @@ class Balance:
     largest entry the code is within a factor B of the row's largest.
     """
     def add(total, chunk):
-      return total + chunk[1].astype(jnp.float32) @ jax.nn.softmax(self._scores(chunk[0]) + f), None
+      shares = jax.nn.softmax(self._scores(chunk[0]) + f, -1)
+      return total + jnp.sum(jnp.where(chunk[1][:, None], shares, 0), 0), None
 
     total, _ = jax.lax.scan(add, jnp.zeros(self.size), self.chunks)
     return f - self.mass - jnp.log(self.size) - jnp.log(jnp.maximum(total, TINY))
