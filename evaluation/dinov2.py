@@ -79,9 +79,9 @@ def restore(tensors: weights.Tensors, *, dtype: str = 'float32') -> DINOv2:
     place, leaf = '.'.join(map(str, path)), 'weight' if path[-1] in ('kernel', 'scale') else 'bias'
     table = np.asarray(tensors[names['table']])[0]
     if place == 'first':
-      first = [np.asarray(tensors[names['class']])[0] + table[:1]]
-      return place, np.concatenate(first + (
-          [np.asarray(tensors[names['registers']])[0]] if registers else []))
+      first = np.asarray(tensors[names['class']])[0] + table[:1]
+      return place, np.concatenate(
+          [first, np.asarray(tensors[names['registers']])[0]]) if registers else first
     if place == 'patches.positions.table.embedding':
       return names['table'], table[1:]
     if path[:2] == ('patches', 'input'):

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from smalti.networks.layers import Linear, deviation
+from smalti.tokenizers.vq import normalize
 
 Teacher = Literal['dinov2_small', 'dinov2_base', 'dinov2_large', 'cifar10', 'mnist']
 FEATURES: dict[Teacher, int] = {
@@ -54,10 +55,6 @@ class Alignment(nnx.Module):
     """Minus the mean cosine: -1 is aligned."""
     for layer in self.layers[:-1]:
       x = jax.nn.silu(layer(x))
-    return -jnp.mean(jnp.sum(_unit(self.layers[-1](x)) * _unit(jax.lax.stop_gradient(features)),
-                             -1))
-
-
-def _unit(x: Float[Array, 'b n f']) -> Float[Array, 'b n f']:
-  x = x.astype(jnp.float32)
-  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
+    x, y = (normalize(z.astype(jnp.float32)) for z in (
+        self.layers[-1](x), jax.lax.stop_gradient(features)))
+    return -jnp.mean(jnp.sum(x * y, -1))
