@@ -41,7 +41,7 @@ from smalti.generators.generator import (
 from smalti.generators.text import Context, Text, TextConfig
 from smalti.networks.layers import Embedding, Linear, constrain, dropout
 from smalti.networks.quantized import quantized
-from smalti.networks.transformer import Block, Transformer, TransformerConfig, segments
+from smalti.networks.transformer import Block, Transformer, TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
 
 
@@ -297,7 +297,7 @@ class Autoregressive(Generator):
     if self.flat.eos is not None:
       done = jnp.any(tokens[:, :prefill] == self.flat.eos, -1)
     state = (jnp.asarray(prefill), slots[:, -1:], cache, tokens, done, jnp.zeros(batch), seen)
-    for end in segments(prefill, self._stop(settings, prefill)):
+    for end in self.transformer.segments(len(label), prefill, self._stop(settings, prefill)):
       state = (*state[:2], self.transformer.grow(state[2], before + end), *state[3:])
 
       def unfinished(state, end=end):  # nothing is left to do once every row has its EOS

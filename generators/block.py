@@ -37,7 +37,7 @@ from smalti.generators.generator import (
 )
 from smalti.generators.unmasking import UnmaskingSettings
 from smalti.networks.layers import Embedding, Linear, constrain
-from smalti.networks.transformer import Cache, Transformer, TransformerConfig, segments
+from smalti.networks.transformer import Cache, Transformer, TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
 
 
@@ -308,9 +308,10 @@ class BlockDiffusion(Generator):
         ended = ended | (codes == self.flat.eos).any(-1)
       return b + 1, tokens, cache, ended, passes + taken
 
-    cache = self.transformer.cache(len(double(given)), width)
+    rows = len(double(given))
+    cache = self.transformer.cache(rows, width)
     state = (jnp.asarray(0), given, cache, jnp.zeros(size, bool), jnp.asarray(0))
-    for end in sorted({-(-stop // width) for stop in segments(0, length)}):
+    for end in sorted({-(-e // width) for e in self.transformer.segments(rows, 0, length)}):
       cache = self.transformer.grow(state[2], (end + 1) * width)
 
       def unfinished(state, end=end):  # nothing is left to do once every row has its EOS

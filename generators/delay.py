@@ -37,7 +37,7 @@ from smalti.generators.generator import (
     settings,
 )
 from smalti.networks.layers import Embedding, Linear, constrain, dropout
-from smalti.networks.transformer import Transformer, TransformerConfig, segments
+from smalti.networks.transformer import Transformer, TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
 
 
@@ -196,7 +196,7 @@ class Delay(Generator):
 
     state = (jnp.int32(0), self.label(label)[:, None], self.transformer.cache(len(label), 0), laid,
              jnp.zeros(size))
-    for end in segments(0, pattern.steps):
+    for end in self.transformer.segments(len(label), 0, pattern.steps):
       state = (*state[:2], self.transformer.grow(state[2], end), *state[3:])
 
       def unfinished(state, end=end):

@@ -41,7 +41,7 @@ from smalti.generators.generator import (
     settings,
 )
 from smalti.networks.layers import Embedding, Linear, constrain, dropout
-from smalti.networks.transformer import Transformer, TransformerConfig, segments
+from smalti.networks.transformer import Transformer, TransformerConfig
 from smalti.tokenizers.spec import TokenSpec, View
 
 
@@ -277,7 +277,7 @@ class Depth(Generator):
           positions=jax.tree.map(lambda r: r[:prefill], rotations))
     state = slots[:, -1:].astype(self.transformer.dtype), cache, jnp.zeros(batch)
     drawn, start = [plan['code'][:prefill]], prefill
-    for end in segments(prefill, length):
+    for end in self.transformer.segments(len(label), prefill, length):
       state = (state[0], self.transformer.grow(state[1], end), state[2])
       state, new = jax.lax.scan(step, state, {k: x[start:end] for k, x in plan.items()})
       drawn, start = [*drawn, new], end

@@ -30,7 +30,14 @@ from smalti.launch import (
     sample as sampling,
     state as states,
 )
-from smalti.launch.judge import BATCH, accumulate, open_judge, references, spread
+from smalti.launch.judge import (
+    BATCH,
+    agreeing,
+    classifies,
+    open_extractor,
+    references,
+    spread,
+)
 from smalti.launch.progress import say, track
 from smalti.launch.reconstruct import decoded, encoded
 from smalti.tokenizers.spec import TokenSpec
@@ -120,11 +127,9 @@ def agreements(data: Any, folder: pathlib.Path, labels: np.ndarray,
   The classifier is the packaged network for such images, otherwise a support vector machine on the
   training images where those are small; None where there is neither.
   """
-  judge = open_judge(data, references(folder), n=len(labels))
-  if judge.accuracy is not None:
-    counts = {name: accumulate(judge, (x[i:i + BATCH] for i in range(0, len(x), BATCH)), len(x),
-                               name, labels) for name, x in sets.items()}
-    return {name: count.agreeing / count.asked for name, count in counts.items()}
+  network = open_extractor(data, references(folder))
+  if classifies(network, data.open('eval')):
+    return {name: agreeing(network, x, labels) / len(x) for name, x in sets.items()}
   train, held_out = (evaluate.Split.read(data, split) for split in ('train', 'eval'))
   if train.images[0].size > evaluate.SMALL or len(train.images) > agreement.LARGEST:
     return None

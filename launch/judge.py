@@ -176,19 +176,25 @@ def open_judge(data: Any, folder: pathlib.Path, *, n: int, extractor: str | None
     reference: a file of statistics to compare with, instead of the training images.
     weights: the file of the extractor 'inception'; None takes the environment's.
   """
-  source = data.open('train')
-  shape = _shape(source)
-  chosen = extractor or extractors.default_for(shape)
-  network: Any = extractors.load(
-      chosen, shape=shape, weights=weights) if chosen else _fitted(data, shape, folder)
+  source, held = data.open('train'), data.open('eval')
+  network = open_extractor(data, folder, extractor, weights)
   networks = [network, network.random(0)]
-  held = data.open('eval')
   real = [_summaries(networks, source, data, 'train', len(source), folder),
           _summaries(networks, held, data, 'eval', min(n, len(held)), folder)]
   if reference is not None:
     real[0][0] = _read(reference, network)
-  return Judge(networks, real[0], real[1], shape,
+  return Judge(networks, real[0], real[1], _shape(source),
                _accuracy(network, held, min(n, len(held))), folder)
+
+
+def open_extractor(data: Any, folder: pathlib.Path, extractor: str | None = None,
+                   weights: str | None = None) -> Any:
+  """The extractor of `open_judge`, and no real images but those it may have to be fitted on."""
+  shape = _shape(data.open('train'))
+  chosen = extractor or extractors.default_for(shape)
+  if chosen is None:
+    return _fitted(data, shape, folder)
+  return extractors.load(chosen, shape=shape, weights=weights)
 
 
 def judge_of_file(reference: pathlib.Path, extractor: str | None, shape: tuple[int, int, int],
@@ -262,14 +268,25 @@ def _summaries(networks: list[Any], source: Any, data: Any, split: str, n: int,
 
 def _accuracy(network: Any, source: Any, n: int) -> float | None:
   """Of the logits on real images, where they are over the labels of the data."""
-  if len(source.classes) < 2 or tuple(getattr(network, 'classes', ())) != tuple(source.classes):
+  if not classifies(network, source):
     return None
   right, chosen = 0, spread(len(source), n)
   for first in range(0, n, BATCH):
     rows = source.read(chosen[first:first + BATCH])
-    logits = network(_filled(rows['image']))['logits'][:len(rows['label'])]
-    right += int((logits.argmax(-1) == rows['label']).sum())
+    right += agreeing(network, rows['image'], rows['label'])
   return right / n
+
+
+def classifies(network: Any, source: Any) -> bool:
+  """Whether the network has logits over the labels of the data."""
+  return len(source.classes) > 1 and tuple(getattr(network, 'classes', ())) == tuple(source.classes)
+
+
+def agreeing(network: Any, images: np.ndarray, labels: np.ndarray) -> int:
+  """How many images the network's logits put into their class."""
+  parts = (slice(i, i + BATCH) for i in range(0, len(images), BATCH))
+  return sum(int((network(_filled(images[rows]))['logits'][:len(labels[rows])].argmax(-1)
+                  == labels[rows]).sum()) for rows in parts)
 
 
 def spread(length: int, n: int) -> np.ndarray:

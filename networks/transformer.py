@@ -118,7 +118,10 @@ class Attention(Heads):
       query, key = rotate(query, table), rotate(key, table)
     query, key, value = (constrain(y, 'b k n f') for y in (query, key, value))
     if cache is not None:
-      key, value = cache = tuple(write(c, y, index) for c, y in zip(cache, (key, value)))
+      written = tuple(write(c, y, index) for c, y in zip(cache, (key, value)))
+      # without it XLA on CPU writes a second cache that has no axis for a batch of one, and copies
+      # both for every token: a third of the time
+      key, value = cache = jax.lax.optimization_barrier(written)
     y = attend(query, key, value, causal=causal, mask=mask, index=index)
     return self.out(jnp.swapaxes(y, 1, 2)), cache
 
@@ -332,6 +335,19 @@ class Transformer(nnx.Module):
     return jax.tree.map(lambda entry: jnp.pad(
         entry, [(0, 0), (0, 0), (0, length - entry.shape[2]), (0, 0)]), cache)
 
+  def segments(self, batch: int, start: int, length: int) -> list[int]:
+    """Lengths that `grow` gives a cache on the way from `start` to `length` positions.
+
+    Attention reads all of a cache, so short ones save up to 3/8 of that. At most four (each is a
+    program of its own within the compiled one), none shorter than 64; and one where the caches of
+    `batch` rows are less than a quarter of the weights, which every token reads too.
+    """
+    weights = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self.blocks)))
+    entries = 2 * self.layers * batch * self.kv_heads * self.features * length
+    count = max(1, min(4, length // 64)) if 4 * entries >= weights else 1
+    ends = [length * (i + 1) // count for i in range(count)]
+    return [end for end in ends if end > start]
+
   def unstack(self) -> list[Block]:
     """The blocks one by one; call it once, outside the token loop."""
     graph, params = nnx.split(self.blocks)
@@ -406,17 +422,6 @@ class Transformer(nnx.Module):
 
 def _over_slots(y: Float[Array, '...']) -> Float[Array, 'b _n m']:
   return y[:, None] if y.ndim == 2 else y
-
-
-def segments(start: int, length: int) -> list[int]:
-  """Lengths that `grow` gives a cache on the way from `start` to `length` positions.
-
-  Attention reads all of a cache, so short ones save up to 3/8 of that. At most four (each is a
-  program of its own within the compiled one), none shorter than 64.
-  """
-  count = max(1, min(4, length // 64))
-  ends = [length * (i + 1) // count for i in range(count)]
-  return [end for end in ends if end > start]
 
 
 def norm(config: TransformerConfig, width: int, gain: bool = True) -> RMSNorm | LayerNorm:

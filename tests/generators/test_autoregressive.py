@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from scipy import stats
 
 from smalti.generators.autoregressive import AutoregressiveConfig, AutoregressiveSettings
 from smalti.generators.generator import example_keys, generate
-from smalti.networks.transformer import TransformerConfig, segments
+from smalti.networks.transformer import Transformer, TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
 
 GRID = TokenSpec(grid=(3, 3), vocab=(5,))
@@ -276,12 +277,26 @@ def test_decoding_stops_when_every_row_has_ended():
 
 
 def test_the_cache_grows_in_few_pieces():
-  assert segments(0, 49) == [49] and segments(0, 128) == [64, 128]
-  assert segments(0, 576) == [144, 288, 432, 576] and segments(300, 576) == [432, 576]
-  assert segments(9, 9) == []
+  segments = build().transformer.segments
+  assert segments(64, 0, 49) == [49] and segments(64, 0, 128) == [64, 128]
+  assert segments(64, 0, 576) == [144, 288, 432, 576] and segments(64, 300, 576) == [432, 576]
+  assert segments(64, 9, 9) == []
+  wide = Transformer(TransformerConfig(layers=1, width=256, heads=2), rngs=nnx.Rngs(0))
+  assert wide.segments(1, 0, 128) == [128]  # the weights are most of what a code reads
+  assert wide.segments(64, 0, 128) == [64, 128]
   long = build(TokenSpec(grid=(130,), vocab=(4,)))
   drawn = sample(long, 2)
   np.testing.assert_allclose(drawn.log_prob, log_prob(long, {'tokens': drawn.tokens}), atol=1e-3)
+
+
+@pytest.mark.parametrize('batch', [1, 2])
+def test_no_step_copies_the_cache(batch):
+  model = build(TokenSpec(grid=(63,), vocab=(4,)))
+  program = generate.lower(model, None, keys=keys(batch), settings=AutoregressiveSettings())
+  steps = program.compile().as_text().partition('ENTRY')[0]  # all but what happens once
+  heads = ','.join(map(str, model.transformer.cache(batch, 63)[0][0].shape[1:]))
+  assert f'f32[{batch},{heads}]' in steps
+  assert not re.findall(rf'= f32\[(?:{batch},)?{heads}\]\S* copy\(', steps)
 
 
 def test_batch_size_leaves_the_tokens():
