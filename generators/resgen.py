@@ -139,18 +139,20 @@ class ResGen(Generator):
     self.head = Linear(width, config.components, bias=True, std=0, rngs=rngs)
     self.spread = Linear(width, config.components, bias=True, std=0, rngs=rngs)
     self.affine = Linear(width, (2, channels), bias=True, std=0, rngs=rngs)
-    self.components = Linear(width, (config.components, config.rank), rngs=rngs)
-    # equal components would have equal gradients for ever
+    self.components = Linear(width, (config.components, config.rank), std=0, rngs=rngs)
+    # what differs, or equal components would have equal gradients for ever; see `prepare`
     self.centre = Embedding(config.components, config.rank, std=1.0, rngs=rngs)
     self.basis = Linear(config.rank, channels, std=config.rank ** -0.5, rngs=rngs)
 
   def prepare(self, batch: dict[str, Array], *, key: Array) -> None:
-    """Takes the tokenizer's code vectors, `vectors` [D, V, c] of the batch, before step 0.
+    """Before step 0: takes the tokenizer's code vectors, `vectors` [D, V, c] of the batch.
+
+    Components start at sums of the batch's codes, in the directions in which these differ most:
+    from random means few of them ever reach a sum, and the others are lost.
 
     Raises:
-      ValueError: there are none, or they are of another shape.
+      ValueError: there are no vectors, or they are of another shape.
     """
-    del key
     if 'vectors' not in batch:
       raise ValueError('ResGen needs the code vectors of its tokenizer, `vectors` [D, V, c].')
     found, wanted = batch['vectors'].shape, self.vectors[...].shape
@@ -158,6 +160,14 @@ class ResGen(Generator):
       raise ValueError(f'The tokenizer has code vectors {found}, and the generator is built for '
                        f'{wanted}; set channels={found[-1]}.')
     self.vectors[...] = batch['vectors'].astype(jnp.float32)
+    (number, room), depth = self.centre.embedding.shape, self.spec.depth
+    first, second = jax.random.split(key)
+    codes = jax.random.choice(first, jnp.asarray(batch['tokens']).reshape(-1, depth), (number, 1))
+    z = self._standard(codes, jax.random.randint(second, (number, 1), 1, depth + 1))[:, 0]
+    directions = jnp.linalg.svd(z, full_matrices=False)[2][:room]
+    n = len(directions)  # a rank above the channels leaves the rest of the basis as it is
+    self.basis.kernel[...] = self.basis.kernel[...].at[:n].set(directions)
+    self.centre.embedding[...] = jnp.pad(z @ directions.T, [(0, 0), (0, room - n)])
 
   def mixture(self, tokens: Int[Array, 'b n d'], count: Int[Array, 'b n'],
               labels: Int[Array, 'b'] | None, *, key: Array | None = None, train: bool = False

@@ -53,13 +53,14 @@ def build(spec=SPEC, vectors=None, **options):
   model = ResGen(config(**options), spec, rngs=nnx.Rngs(0))
   if vectors is None:
     vectors = FAR if spec == SPEC else books(spec.vocab, options.get('channels', 3), .25)
-  model.prepare({'vectors': vectors}, key=jax.random.key(0))
+  tokens = np.random.default_rng(0).integers(0, spec.vocab, (64, spec.length, spec.depth))
+  model.prepare({'vectors': vectors, 'tokens': tokens}, key=jax.random.key(0))
   return model
 
 
 def stirred(model, scale=.3):
   """A network none of whose outputs is constant."""
-  for i, layer in enumerate((model.head, model.spread, model.affine)):
+  for i, layer in enumerate((model.head, model.spread, model.affine, model.components)):
     kernel = layer.kernel
     kernel[...] = scale * jax.random.normal(jax.random.key(i), kernel[...].shape)
   return model
@@ -76,7 +77,7 @@ class Exact(ResGen):
   def __init__(self, *laws, **options):
     super().__init__(config(components=4, rank=3, **options), SPEC, rngs=nnx.Rngs(0))
     self.laws = tuple(map(tuple, laws))
-    self.prepare({'vectors': FAR}, key=jax.random.key(0))
+    self.prepare({'vectors': FAR, 'tokens': ARRAYS}, key=jax.random.key(0))
 
   def mixture(self, tokens, count, labels, **_):
     seen = ~resgen.hidden(count, 2)[:, None]
@@ -91,6 +92,21 @@ class Exact(ResGen):
     return Mixture(weights=jnp.log(weight), low=z, spread=jnp.full(weight.shape, -30.),
                    shift=jnp.zeros((*count.shape, 3)), scale=jnp.zeros((*count.shape, 3)),
                    basis=jnp.eye(3))
+
+
+@pytest.mark.parametrize('rank', [2, 3, 5])
+def test_components_start_at_sums_of_codes(rank):
+  spec = TokenSpec(grid=(4,), vocab=(3, 2), order='depth')
+  model = build(spec, components=60, rank=rank)
+  tokens = jnp.asarray(list(itertools.product(range(3), range(2))))[:, None]
+  sums = jnp.concatenate([model._standard(tokens, jnp.full((6, 1), k))[:, 0] for k in (1, 2)])
+  found = model.mixture(jnp.zeros((1, 4, 2), int), jnp.full((1, 4), 2), None)
+  basis = found.basis[:3]  # of three channels no more directions are there
+  np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), atol=1e-5)
+  means = (found.low @ found.basis)[0, 0]
+  away = jnp.linalg.norm(means[:, None] - sums @ basis.T @ basis, axis=-1)
+  np.testing.assert_allclose(away.min(1), 0, atol=1e-4)
+  np.testing.assert_allclose(away.min(0), 0, atol=1e-4)  # 60 draws miss none of 2 + 6
 
 
 def chi_square(found, law) -> bool:
@@ -596,7 +612,7 @@ def test_what_cannot_be_is_refused():
   with pytest.raises(ValueError, match='code vectors of its tokenizer'):
     model.prepare({}, key=None)
   with pytest.raises(ValueError, match='set channels=5'):
-    model.prepare({'vectors': jnp.zeros((2, 2, 5))}, key=None)
+    model.prepare({'vectors': jnp.zeros((2, 2, 5)), 'tokens': ARRAYS}, key=None)
   with pytest.raises(ValueError, match='keep'):
     model.loss({'tokens': jnp.zeros((1, 2, 2), int), 'keep': jnp.ones(1)}, step=0,
                key=jax.random.key(0))

@@ -129,11 +129,11 @@ def test_times_of_a_batch_with_strata_are_by_these_alone(generator, calls):
   model = config.build(source.spec, rngs=nnx.Rngs(0))
   nnx.update(model, jax.tree.map(  # heads of zeros have one loss for all
       lambda x: x + .3 * rng.normal(size=x.shape), nnx.state(model, nnx.Param)))
-  if generator == 'ResGen':
-    model.prepare({'vectors': codebooks.vectors(source)}, key=None)
   shape = (8, source.spec.length, source.spec.depth)
   batch = {'tokens': jnp.asarray(rng.integers(0, source.spec.vocab, shape), jnp.int32),
            'label': jnp.arange(8)}
+  if generator == 'ResGen':
+    model.prepare({**batch, 'vectors': codebooks.vectors(source)}, key=jax.random.key(0))
   strata, drawn = jnp.arange(.5, 8) / 8, calls(schedules, 'stratified')
   for train in (False, True):
     loss = jax.jit(lambda strata, train=train: model.loss(
