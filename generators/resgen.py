@@ -148,7 +148,8 @@ class ResGen(Generator):
     """Before step 0: takes the tokenizer's code vectors, `vectors` [D, V, c] of the batch.
 
     Components start at sums of the batch's codes, in the directions in which these differ most:
-    from random means few of them ever reach a sum, and the others are lost.
+    from random means few of them ever reach a sum, and the others are lost. They are as wide as
+    the nearest of them are apart, or as `floor` allows.
 
     Raises:
       ValueError: there are no vectors, or they are of another shape.
@@ -168,6 +169,14 @@ class ResGen(Generator):
     n = len(directions)  # a rank above the channels leaves the rest of the basis as it is
     self.basis.kernel[...] = self.basis.kernel[...].at[:n].set(directions)
     self.centre.embedding[...] = jnp.pad(z @ directions.T, [(0, 0), (0, room - n)])
+    # wide at first, all deviations would shrink together, and by far the fastest through a
+    # constant that takes over the transformer's output: little else is learned beside it
+    size = jnp.mean(z * z, -1)
+    apart = size[:, None] + size - 2 / z.shape[-1] * jnp.matmul(z, z.T, precision=HIGHEST)
+    nearest = jnp.min(jnp.where(jnp.eye(number, dtype=bool), jnp.inf, apart), -1)
+    above = jnp.log(jnp.maximum(jnp.mean(nearest), 1e-30)) / 2 - self.floor
+    self.spread.bias[...] = jnp.full(
+        number, self.floor + jnp.log(jnp.expm1(jnp.maximum(above, 0.05))))
 
   def mixture(self, tokens: Int[Array, 'b n d'], count: Int[Array, 'b n'],
               labels: Int[Array, 'b'] | None, *, key: Array | None = None, train: bool = False

@@ -109,6 +109,18 @@ def test_components_start_at_sums_of_codes(rank):
   np.testing.assert_allclose(away.min(0), 0, atol=1e-4)  # 60 draws miss none of 2 + 6
 
 
+@pytest.mark.parametrize('floor', [-7., 1.])
+def test_components_start_as_wide_as_they_are_apart(floor):
+  spec = TokenSpec(grid=(4,), vocab=(50, 50), order='depth')
+  model = build(spec, components=8, rank=3, floor=floor)
+  found = model.mixture(jnp.zeros((1, 4, 2), int), jnp.full((1, 4), 2), None)
+  means = np.asarray(found.low @ found.basis)[0, 0]
+  apart = ((means[:, None] - means) ** 2).mean(-1) + np.diag(np.full(8, np.inf))
+  _, _, sigma = numpy_mixture(found)
+  np.testing.assert_allclose(
+      sigma, max(np.sqrt(apart.min(-1).mean()), np.exp(floor + .05)), rtol=1e-3)
+
+
 def chi_square(found, law) -> bool:
   """p > 1e-3 of the counts of outcomes under a law of all possible ones; no others occur."""
   if set(found) - set(law):
