@@ -149,7 +149,7 @@ class ResGen(Generator):
 
     Components start at sums of the batch's codes, in the directions in which these differ most:
     from random means few of them ever reach a sum, and the others are lost. They are as wide as
-    the nearest of them are apart, or as `floor` allows.
+    the nearest of them are apart, but no wider than 1 and no narrower than `floor`.
 
     Raises:
       ValueError: there are no vectors, or they are of another shape.
@@ -173,10 +173,11 @@ class ResGen(Generator):
     # constant that takes over the transformer's output: little else is learned beside it
     size = jnp.mean(z * z, -1)
     apart = size[:, None] + size - 2 / z.shape[-1] * jnp.matmul(z, z.T, precision=HIGHEST)
-    nearest = jnp.min(jnp.where(jnp.eye(number, dtype=bool), jnp.inf, apart), -1)
-    above = jnp.log(jnp.maximum(jnp.mean(nearest), 1e-30)) / 2 - self.floor
-    self.spread.bias[...] = jnp.full(
-        number, self.floor + jnp.log(jnp.expm1(jnp.maximum(above, 0.05))))
+    nearest = jnp.mean(jnp.min(jnp.where(jnp.eye(number, dtype=bool), jnp.inf, apart), -1))
+    # sums have variance 1, which is all that one component alone can go by
+    above = jnp.maximum(jnp.log(jnp.clip(nearest, 1e-30, 1)) / 2 - self.floor, 0.05)
+    self.spread.bias[...] = jnp.full(  # softplus(bias - floor) = above
+        number, self.floor + above + jnp.log(-jnp.expm1(-above)))
 
   def mixture(self, tokens: Int[Array, 'b n d'], count: Int[Array, 'b n'],
               labels: Int[Array, 'b'] | None, *, key: Array | None = None, train: bool = False

@@ -109,16 +109,17 @@ def test_components_start_at_sums_of_codes(rank):
   np.testing.assert_allclose(away.min(0), 0, atol=1e-4)  # 60 draws miss none of 2 + 6
 
 
-@pytest.mark.parametrize('floor', [-7., 1.])
-def test_components_start_as_wide_as_they_are_apart(floor):
+@pytest.mark.parametrize('floor', [-100., -7., 1.])
+@pytest.mark.parametrize('components', [1, 2, 40])
+def test_components_start_as_wide_as_they_are_apart(components, floor):
   spec = TokenSpec(grid=(4,), vocab=(50, 50), order='depth')
-  model = build(spec, components=8, rank=3, floor=floor)
+  model = build(spec, components=components, rank=3, floor=floor)
   found = model.mixture(jnp.zeros((1, 4, 2), int), jnp.full((1, 4), 2), None)
   means = np.asarray(found.low @ found.basis)[0, 0]
-  apart = ((means[:, None] - means) ** 2).mean(-1) + np.diag(np.full(8, np.inf))
-  _, _, sigma = numpy_mixture(found)
-  np.testing.assert_allclose(
-      sigma, max(np.sqrt(apart.min(-1).mean()), np.exp(floor + .05)), rtol=1e-3)
+  apart = ((means[:, None] - means) ** 2).mean(-1) + np.diag(np.full(components, np.inf))
+  wanted = min(np.sqrt(apart.min(-1).mean()), 1)  # one alone is as wide as all sums
+  log_sigma = found._log_sigma(found.spread, found.scale[:, :, None])
+  np.testing.assert_allclose(log_sigma, max(np.log(wanted), floor + .05), atol=1e-3)
 
 
 def chi_square(found, law) -> bool:
