@@ -44,6 +44,8 @@ from smalti.networks.quantized import quantized
 from smalti.networks.transformer import Block, Transformer, TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
 
+ORDERS = 8  # random ones, of an example whose likelihood is asked
+
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class AutoregressiveConfig(GeneratorConfig):
@@ -171,6 +173,18 @@ class Autoregressive(Generator):
     logits = self._logits(tokens, self._label(batch, tokens.shape[0]), None, order,
                           self._read(batch, len(tokens)))
     return jnp.sum(self._valid(tokens) * ids.log_prob(logits, tokens), -1)
+
+  def likelihood(self, settings=None):
+    return 'bound' if _shuffles(settings) else 'exact'
+
+  def nats(self, batch, *, key, settings=None):
+    """Of random orders, whose law is the mean of p(tokens | order), the mean of the logarithms."""
+    if not _shuffles(settings):
+      return self.log_prob(batch)
+    raster = self._raster(len(batch['tokens']))
+    draws = jax.random.split(key, ORDERS)
+    return jnp.mean(jax.lax.map(
+        lambda key: self.log_prob(batch, _shuffled(key, raster, jnp.float32(1))), draws), 0)
 
   def hidden(self, tokens: Int[Array, 'b n d'], *, blocks: tuple[int, ...],
              keys: Array | None = None, noise: float = 0.0) -> list[Float[Array, 'b m c']]:
@@ -500,6 +514,10 @@ def _check_anneal(config: AutoregressiveConfig, spec: TokenSpec) -> None:
   if spec.depth > 1 or spec.eos is not None:
     raise ValueError(f'vocab={spec.vocab}, eos={spec.eos}: codes of one alphabet without an end '
                      'can be permuted, others not; leave anneal at none.')
+
+
+def _shuffles(settings: AutoregressiveSettings | None) -> bool:
+  return settings is not None and settings.order == 'random'
 
 
 def _shuffled(key: Array, order: Int[Array, 'b l'], share: Array) -> Int[Array, 'b l']:

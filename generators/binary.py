@@ -208,8 +208,8 @@ class Binary(Generator):
     return value, {'metrics': metrics, 'weight': jnp.float32(len(bits)), 'statistics': None}
 
   def elbo(self, batch: dict[str, Array], *, key: Array | None = None,
-           mode: Literal['mc', 'enumerate'] = 'mc', samples: int = 8, steps: int | None = None
-           ) -> Float[Array, 'b']:
+           mode: Literal['mc', 'enumerate'] = 'mc', samples: int = 8, steps: int | None = None,
+           reverse: Reverse | None = None) -> Float[Array, 'b']:
     """A lower bound of log p(tokens | label) per example, in nats, all constants included.
 
     Args:
@@ -217,6 +217,7 @@ class Binary(Generator):
       mode: 'mc' draws a step and its flips, stratified over `samples`; 'enumerate' is exact, for
         few bits.
       steps: of a chain that visits a subset of the trained times; None is all.
+      reverse: of the chain; None is the one that was trained.
 
     Raises:
       ValueError: no key, or too many bits to enumerate.
@@ -228,7 +229,7 @@ class Binary(Generator):
     def term(z, i):  # nats of the i-th step, from times[i] to times[i + 1]
       t, s = times[i], times[i + 1]
       logits = self.logits(z, t, labels)
-      return jnp.sum(self._divergence(z, bits, logits, kept[s], kept[t]), (1, 2))
+      return jnp.sum(self._divergence(z, bits, logits, kept[s], kept[t], reverse), (1, 2))
 
     if mode == 'enumerate':
       size = math.prod(bits.shape[1:])
@@ -263,13 +264,19 @@ class Binary(Generator):
     total, _ = jax.lax.scan(draw, jnp.zeros(len(bits)), jnp.arange(samples))
     return -total
 
+  def nats(self, batch, *, key, settings=None):
+    """The bound of the chain that is walked: its steps, its reverse."""
+    chain = {} if settings is None else {'steps': settings.steps, 'reverse': settings.reverse}
+    return self.elbo(batch, key=key, **chain)
+
   def _divergence(self, z: Int[Array, 'b n k'], bits: Int[Array, 'b n k'],
                   logits: Float[Array, 'b n k'], keep_s: Float[Array, 'b'],
-                  keep_t: Float[Array, 'b']) -> Float[Array, 'b n k']:
+                  keep_t: Float[Array, 'b'], reverse: Reverse | None = None
+                  ) -> Float[Array, 'b n k']:
     """KL(q(z_s | z_t, z_0) | p_theta(z_s | z_t)) of every bit; at s=0, -log p_theta(z_0 | z_t)."""
     keep_s, keep_t = keep_s[:, None, None], keep_t[:, None, None]
     want = posterior(z, bits, keep_s, keep_t)
-    one, zero = reverse_logs(z, logits, keep_s, keep_t, self.reverse)
+    one, zero = reverse_logs(z, logits, keep_s, keep_t, reverse or self.reverse)
     return (jax.scipy.special.xlogy(want, want) + jax.scipy.special.xlogy(1 - want, 1 - want)
             - want * one - (1 - want) * zero)
 

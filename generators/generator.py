@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +122,22 @@ class Generator(nnx.Module):
     micro-batches share the strata of their batch.
     """
     raise TypeError(f'{type(self).__name__} has no loss.')
+
+  def likelihood(self, settings: Any = None) -> Literal['exact', 'bound'] | None:
+    """What `nats` says of the law that `settings` draw from; None of a model that has no bits."""
+    del settings  # a model has one, but where it says otherwise
+    return 'exact' if hasattr(self, 'log_prob') else 'bound' if hasattr(self, 'elbo') else None
+
+  def nats(self, batch: dict[str, Array], *, key: Array, settings: Any = None
+           ) -> Float[Array, 'b']:
+    """log p(tokens | condition) of every example, exact or a lower bound: see `likelihood`.
+
+    Temperature, truncation, guidance and fewer passes of a masked model change the law and have no
+    likelihood of their own: this is the trained model's.
+    """
+    model: Any = self  # which of the two it has, `likelihood` says
+    exact = self.likelihood(settings) == 'exact'
+    return model.log_prob(batch) if exact else model.elbo(batch, key=key)
 
   def sample(self, condition: dict[str, Array] | None, *, keys: Array, settings: Any,
              known: Int[Array, 'b n d'] | None = None,

@@ -84,16 +84,17 @@ def tokenize(tokenizer: runs.Loaded, images: np.ndarray, batch_size: int = 256) 
 
 
 def bits_per_token(loaded: runs.Loaded, tokens: np.ndarray, given: dict[str, np.ndarray], *,
-                   key: jax.Array, batch_size: int = 256) -> tuple[float, float, str]:
-  """(mean bits per valid token, its standard error over examples, 'exact' or 'bound').
+                   key: jax.Array, settings: Any = None, batch_size: int = 256
+                   ) -> tuple[float, float]:
+  """(mean bits per valid token, its standard error over examples).
 
   Args:
     given: the entries of the batch beside `tokens`: `label`, or `text` and `text_mask`.
+    settings: of a sampler whose law has a likelihood of its own: random orders, a shorter chain.
   """
-  exact = hasattr(loaded.model, 'log_prob')
   # one compiled function per kind, so that all batches but the last share a program
   function = jax.jit(lambda model, batch, key: (
-      model.log_prob(batch) if exact else model.elbo(batch, key=key)))
+      model.nats(batch, key=key, settings=settings)))
   nats = []
   for i in range(0, len(tokens), batch_size):
     batch = {name: jnp.asarray(rows[i:i + batch_size])
@@ -103,28 +104,28 @@ def bits_per_token(loaded: runs.Loaded, tokens: np.ndarray, given: dict[str, np.
   bits = -np.concatenate(nats) / np.log(2)
   mean = bits.sum() / valid.sum()
   error = np.std(bits - mean * valid) / valid.mean() / len(bits)**0.5
-  return float(mean), float(error), 'exact' if exact else 'bound'
+  return float(mean), float(error)
 
 
 def evaluate_generator(loaded: runs.Loaded, tokenizer: runs.Loaded, scores: Scores,
                        train: Split, held_out: Split, samples: Samples, *, seed: int,
-                       keep: int | None = None) -> None:
+                       settings: Any = None) -> None:
   """Likelihood on real tokens, where the model has one, and copies.
 
-  Of samples that are prefixes of `keep` positions, as many are compared. A model of densities
-  (ResGen) has no likelihood; what it has is among its held-out metrics.
+  Of samples that are prefixes of `settings.keep` positions, as many are compared. A model of
+  densities (ResGen) has no likelihood; what it has is among its held-out metrics.
   """
   real = tokenize(tokenizer, train.images), tokenize(tokenizer, held_out.images)
-  if hasattr(loaded.model, 'log_prob') or hasattr(loaded.model, 'elbo'):
-    _add_likelihood(loaded, scores, real, (train, held_out), seed=seed)
-  copied = memorization.copies(samples.tokens, *real, keep)
+  if kind := loaded.model.likelihood(settings):
+    _add_likelihood(loaded, scores, real, (train, held_out), kind, seed=seed, settings=settings)
+  copied = memorization.copies(samples.tokens, *real, getattr(settings, 'keep', None))
   scores.add('copies', copied.share, unit='share', higher=False, samples=copied.samples,
              distinct=copied.distinct, held_out=copied.held_out_share,
              reference=train.fingerprint, reference_samples=len(train.images))
 
 
 def _add_likelihood(loaded: runs.Loaded, scores: Scores, real: tuple[np.ndarray, np.ndarray],
-                    splits: tuple[Split, Split], *, seed: int) -> None:
+                    splits: tuple[Split, Split], kind: str, *, seed: int, settings: Any) -> None:
   """Bits per token of the training and of the held-out examples, `SCORED` of each, beside what
   frequencies of the training codes say of these held-out ones.
 
@@ -139,7 +140,7 @@ def _add_likelihood(loaded: runs.Loaded, scores: Scores, real: tuple[np.ndarray,
   for name, tokens, split, chosen in zip(('train', 'held_out'), real, splits, rows):
     given = {entry: values[chosen] for entry, values in _given(loaded, split).items()}
     tokens = tokens[chosen]
-    bits, error, kind = bits_per_token(loaded, tokens, given, key=key)
+    bits, error = bits_per_token(loaded, tokens, given, key=key, settings=settings)
     scores.add(f'bits_per_token_{name}', bits, unit='bits per token', higher=False, likelihood=kind,
                samples=len(tokens), reference=split.fingerprint, reference_samples=len(tokens),
                standard_error=error, bits_per_dimension=bits * float(
@@ -233,7 +234,7 @@ def generator_scores(loaded: runs.Loaded, codec: runs.Loaded, scores: Scores, ju
   samples, accumulation = sample(loaded, codec, judge, n=n, seed=seed, settings=settings,
                                  batch_size=batch_size)
   evaluate_generator(loaded, codec, scores, train, held_out, samples, seed=seed,
-                     keep=getattr(settings, 'keep', None))
+                     settings=settings)
   scores.add_judged(judge, accumulation.finish(), accumulation)
   evaluate_samples(scores, judge, samples.images, _first(samples.labels, samples.images), train,
                    held_out)

@@ -125,6 +125,17 @@ def test_a_chain_of_fewer_steps_has_the_bound_of_its_own_length_and_stays_one():
     bound(P, 64, 65)
 
 
+def test_a_sampler_is_scored_by_the_chain_that_it_walks(key):
+  batch, model = {'tokens': PAIRS}, Exact(P, steps=8)
+  for kind, steps in itertools.product(('mixture', 'product'), (None, 3)):
+    chain = dict(steps=steps, reverse=kind)
+    exact = Exact(P, steps=8, reverse=kind).elbo(batch, mode='enumerate', steps=steps)
+    np.testing.assert_allclose(model.elbo(batch, mode='enumerate', **chain), exact, rtol=1e-6)
+    found = model.nats(batch, key=key, settings=BinarySettings(**chain))
+    np.testing.assert_array_equal(found, model.elbo(batch, key=key, **chain))
+  np.testing.assert_array_equal(model.nats(batch, key=key), model.elbo(batch, key=key))
+
+
 @pytest.mark.parametrize('options', [{}, {'reverse': 'product'}, {'schedule': 'cosine'}])
 def test_drawn_bounds_and_the_loss_have_the_mean_of_the_exact_one(options, key):
   model = Exact(P, steps=8, **options)

@@ -66,6 +66,22 @@ def test_every_order_is_a_distribution_of_its_own(modulated):
       log_prob(model, {'tokens': ALL}, None), found[0])  # row-major
 
 
+def test_random_orders_have_the_mean_over_all_of_them():
+  """A bound of log mean p(x | order), which is a distribution; row by row it is exact."""
+  model, batch = build(), {'tokens': ALL}
+  nats = jax.jit(lambda model, key, settings: model.nats(batch, key=key, settings=settings))
+  found = np.array([log_prob(model, batch, orders(order))
+                    for order in itertools.permutations(range(3))])
+  random = AutoregressiveSettings(order='random')
+  drawn = np.array([nats(model, key, random) for key in jax.random.split(jax.random.key(1), 300)])
+  error = found.std(0) / 8 ** .5 / 300 ** .5
+  assert (abs(drawn.mean(0) - found.mean(0)) < 4.5 * error + 1e-4).all()
+  assert (abs(drawn.mean(0) - found[0]) > 4.5 * error + 1e-4).any()  # not those of row by row
+  assert model.likelihood(random) == 'bound' and model.likelihood() == 'exact'
+  np.testing.assert_allclose(
+      nats(model, jax.random.key(0), AutoregressiveSettings()), found[0], atol=1e-6)
+
+
 def test_a_slot_reads_the_codes_before_it_and_is_told_what_comes_next():
   model = build()
   tokens, label = jnp.array([[1, 2, 3]]), jnp.zeros(1, int)

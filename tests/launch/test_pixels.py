@@ -49,7 +49,7 @@ def test_a_generator_of_pixels_trains_and_draws_images(tmp_path, monkeypatch):
   few = Scores(loaded, quiet=True)
   evaluate.evaluate_generator(loaded, pixels, few, *splits, drawn, seed=0)
   bits = {score.name: score for score in few.rows}['bits_per_token_held_out']
-  again, _, _ = evaluate.bits_per_token(
+  again, _ = evaluate.bits_per_token(
       loaded, evaluate.tokenize(pixels, splits[1].images[::4]), {}, key=stream(0, 'eval'))
   assert bits.samples == 16 and bits.value == pytest.approx(again, rel=1e-6)
   assert bits.beside['bits_per_dimension'] == pytest.approx(bits.value)
