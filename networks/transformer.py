@@ -11,14 +11,15 @@ heads an axis: a mesh splits [width, heads, f] on heads.
 
 import dataclasses
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from smalti.networks import int8
+from smalti.networks.attention import Entries, attend, write
 from smalti.networks.int8 import Int8
 from smalti.networks.layers import (
     LayerNorm,
@@ -31,11 +32,11 @@ from smalti.networks.layers import (
     rotation,
 )
 
+Module = TypeVar('Module', bound=nnx.Module)
 ACTIVATIONS: dict[str, Any] = {
     # as PyTorch has it; the complementary error function of jax.nn.gelu costs a step 6 % on CPU
     'gelu': lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5 ** 0.5)), 'tanh': jnp.tanh}
 Rotations = tuple[Float[Array, '... p'], Float[Array, '... p']]
-Entries = Float[Array, 'b k t f'] | Int8
 Cache = list[tuple[Entries, Entries]]
 Memory = tuple[Float[Array, 'b s w'], Bool[Array, 'b s']]  # vectors, and which may be attended to
 Memories = list[tuple[Float[Array, 'b j s f'], Float[Array, 'b j s f'], Bool[Array, 'b s']]]
@@ -109,14 +110,7 @@ class Attention(Heads):
 
   def __call__(self, x: Float[Array, 'b n c'], *, table: Any, causal: bool, mask: Array | None,
                cache: Any = None, index: Array | None = None) -> tuple[Array, Any]:
-    # transposed after the product: an einsum to 'bknf' transposes the weights, for every token
-    query = jnp.swapaxes(self.query(x), 1, 2)
-    key, value = (jnp.swapaxes(y, 1, 2) for y in jnp.moveaxis(self.key_value(x), 2, 0))
-    if self.query_norm is not None:
-      query, key = self.query_norm(query), self.key_norm(key)
-    if table is not None:
-      query, key = rotate(query, table), rotate(key, table)
-    query, key, value = (constrain(y, 'b k n f') for y in (query, key, value))
+    query, key, value = (constrain(y, 'b k n f') for y in self.heads(x, table))
     if cache is not None:
       written = tuple(write(c, y, index) for c, y in zip(cache, (key, value)))
       # without it XLA on CPU writes a second cache that has no axis for a batch of one, and copies
@@ -124,6 +118,51 @@ class Attention(Heads):
       key, value = cache = jax.lax.optimization_barrier(written)
     y = attend(query, key, value, causal=causal, mask=mask, index=index)
     return self.out(jnp.swapaxes(y, 1, 2)), cache
+
+  def heads(self, x: Float[Array, 'b n c'], table: Any) -> tuple[Array, Array, Array]:
+    """Queries, keys and values, normed and rotated, heads first."""
+    # transposed after the product: an einsum to 'bknf' transposes the weights, for every token
+    query = jnp.swapaxes(self.query(x), 1, 2)
+    key, value = (jnp.swapaxes(y, 1, 2) for y in jnp.moveaxis(self.key_value(x), 2, 0))
+    if self.query_norm is not None:
+      query, key = self.query_norm(query), self.key_norm(key)
+    if table is not None:
+      query, key = rotate(query, table), rotate(key, table)
+    return query, key, value
+
+
+class JointAttention(Attention):
+  """`Attention` with one product, one norm and one rotation: a small batch pays for every kernel.
+
+  A group of queries is beside its key and its value, so that a mesh splits them as it did apart.
+  """
+
+  def __init__(self, attention: Attention):
+    kv_heads = attention.key_value.kernel.shape[2]
+    groups = attention.query.kernel.shape[1] // kv_heads
+
+    def beside(query: Array, key_value: Array) -> Array:  # [.. k f], [.. 2 j f] to [.. j g+2 f]
+      query = query.reshape(*query.shape[:-2], kv_heads, groups, query.shape[-1])
+      return jnp.concatenate([query, jnp.moveaxis(key_value, -3, -2)], -2)
+
+    def rows(query: Array, key: Array) -> Array:  # [f], [f] to [g+1 1 f]
+      return jnp.stack([query] * groups + [key])[:, None]
+
+    self.joint = _merged(attention.query, attention.key_value, beside)
+    self.norm = None if attention.query_norm is None else _merged(
+        attention.query_norm, attention.key_norm, rows)
+    self.out = attention.out
+
+  def heads(self, x, table):
+    y = jnp.moveaxis(self.joint(x), 1, -2)  # b j g+2 n f
+    turned, value = y[:, :, :-1], y[:, :, -1]
+    if self.norm is not None:
+      turned = self.norm(turned)
+    if table is not None:
+      merged = turned.reshape(len(x), -1, *turned.shape[-2:])
+      turned = rotate(merged, table).reshape(turned.shape)
+    query, key = turned[:, :, :-1], turned[:, :, -1]
+    return query.reshape(len(x), -1, *query.shape[-2:]), key, value
 
 
 class CrossAttention(Heads):
@@ -349,10 +388,13 @@ class Transformer(nnx.Module):
     return [end for end in ends if end > start]
 
   def unstack(self) -> list[Block]:
-    """The blocks one by one; call it once, outside the token loop."""
+    """The blocks one by one, joint in attention; call it once, outside the token loop."""
     graph, params = nnx.split(self.blocks)
-    return [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], params))
-            for i in range(self.layers)]
+    blocks = [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], params))
+              for i in range(self.layers)]
+    for block in blocks:
+      block.attention = JointAttention(block.attention)
+    return blocks
 
   def read(self, memory: Memory | None, layers: list[Block]) -> Memories | list[None]:
     """What each of the `layers` attends to; read it once, outside the token loop."""
@@ -424,6 +466,12 @@ def _over_slots(y: Float[Array, '...']) -> Float[Array, 'b _n m']:
   return y[:, None] if y.ndim == 2 else y
 
 
+def _merged(one: Module, other: nnx.Module, function: Callable[[Array, Array], Array]) -> Module:
+  """`one` with every array merged with that of `other`."""
+  graph, state = nnx.split(one)
+  return nnx.merge(graph, jax.tree.map(function, state, nnx.state(other)))
+
+
 def norm(config: TransformerConfig, width: int, gain: bool = True) -> RMSNorm | LayerNorm:
   if config.norm == 'rms':
     return RMSNorm(width, gain=gain, epsilon=config.epsilon)
@@ -458,67 +506,3 @@ def hidden_size(config: TransformerConfig, multiple: int = 32) -> int:
 
 def modulate(x: Array, shift: Array | None, scale: Array | None) -> Array:
   return x if shift is None else x * (1 + scale) + shift
-
-
-def write(cache: Float[Array, 'b k t f'] | Int8, entries: Float[Array, 'b k m f'], index: Array
-          ) -> Array | Int8:
-  """The cache with `entries` at `index`, a scalar or one place per row."""
-  if isinstance(cache, Int8):
-    return Int8(*(_place(c, e, index) for c, e in zip(cache, int8.quantize(entries))))
-  return _place(cache, entries.astype(cache.dtype), index)
-
-
-def _place(cache: Array, entries: Array, index: Array) -> Array:
-  if index.ndim == 0:
-    return jax.lax.dynamic_update_slice_in_dim(cache, entries, index, 2)
-  place = jax.vmap(lambda c, e, i: jax.lax.dynamic_update_slice_in_dim(c, e, i, 1))
-  return place(cache, entries, index)
-
-
-def allowed(query: Array, key: Array | Int8, causal: bool, mask: Array | None, index: Array | None
-            ) -> Bool[Array, '#b #k n t'] | None:
-  """Which keys each query may see; query i sits at key `index` + i. None is all of them."""
-  if not causal and mask is None:
-    return None
-  if mask is not None and mask.ndim == 4:
-    return mask
-  start = jnp.zeros((), jnp.int32) if index is None else index
-  own = (start[..., None] + jnp.arange(query.shape[2]))[..., None]  # [*b, n, 1]
-  keys = jnp.arange(key.shape[2])
-  seen = keys <= own if causal else keys == keys + 0 * own
-  seen = seen[:, None] if seen.ndim == 3 else seen
-  if mask is not None:
-    own = own[:, None] if own.ndim == 3 else own
-    seen = seen & (mask[:, None, None] | (keys == own))
-  return seen if seen.ndim == 4 else seen[None, None]
-
-
-def attend(query: Float[Array, 'b k n f'], key: Float[Array, 'b j t f'] | Int8,
-           value: Float[Array, 'b j t f'] | Int8, *, causal: bool, mask: Array | None,
-           index: Array | None = None) -> Float[Array, 'b k n f']:
-  """softmax(q k^T / sqrt(f)) v with float32 softmax; heads k share the j key heads in groups.
-
-  The one place that chooses a kernel: cuDNN's flash attention where it can, and the heads-first
-  product elsewhere (on CPU 1.3-1.5 times faster than `jax.nn.dot_product_attention`).
-  """
-  batch, heads, length, features = query.shape
-  groups = heads // key.shape[1]
-  # a causal pattern is a flag to cuDNN; any other mask is a bias, which needs even lengths
-  flag = causal and mask is None and index is None
-  seen = None if flag else allowed(query, key, causal, mask, index)
-  if (not isinstance(key, Int8) and not isinstance(value, Int8)
-      and jax.default_backend() == 'gpu' and query.dtype == jnp.bfloat16 and length > 1
-      and features % 8 == 0 and features <= 128
-      and (seen is None or length % 2 == key.shape[2] % 2 == 0)):
-    query, key, value = (jnp.swapaxes(y, 1, 2) for y in (query, key, value))
-    y = jax.nn.dot_product_attention(
-        query, key, value, mask=seen, is_causal=flag, implementation='cudnn')
-    return jnp.swapaxes(y, 1, 2)
-  seen = allowed(query, key, causal, mask, index)
-  query = (query * features ** -0.5).reshape(batch, key.shape[1], groups * length, features)
-  score = int8.scores(query, key)
-  if seen is not None:
-    grouped = score.reshape(batch, key.shape[1], groups, length, -1)
-    score = jnp.where(seen[:, :, None], grouped, -jnp.inf).reshape(score.shape)
-  y = int8.mix(jax.nn.softmax(score, -1), value, query.dtype)
-  return y.reshape(batch, heads, length, features)

@@ -11,7 +11,7 @@ from flax import nnx
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as arrays
 
-from smalti.networks import int8, transformer
+from smalti.networks import attention, int8, transformer
 from smalti.networks.int8 import Int8
 from smalti.networks.quantized import Int8Linear, nbytes, quantized
 from smalti.networks.transformer import Transformer, TransformerConfig
@@ -85,7 +85,7 @@ def test_folded_scales_equal_explicit_floats(backend, index, masked, monkeypatch
   key, value = (int8.quantize(y * jnp.arange(1, 8)[:, None])
                 for y in jax.random.normal(jax.random.key(1), (2, 2, 2, 7, 8)))
   mask = (jax.random.uniform(jax.random.key(2), (2, 7)) < 0.6) if masked else None
-  run = functools.partial(transformer.attend, query, causal=index is not None, mask=mask,
+  run = functools.partial(attention.attend, query, causal=index is not None, mask=mask,
                           index=index)
   found, explicit = run(key, value), run(key.dequantize(), value.dequantize())
   np.testing.assert_allclose(found, explicit, atol=1e-5)
@@ -108,7 +108,8 @@ def simulate(model, x, places):
     return np.rint(y / step) * step
 
   x = np.asarray(x)
-  for block in model.unstack():
+  for i in range(model.layers):
+    block = jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks)
     a, y = block.attention, unit(x, block.attention_norm.scale[...])
     query = turn(unit(np.einsum('bnc,ckf->bknf', y, a.query.kernel[...]),
                       a.query_norm.scale[...]))

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
 from smalti.launch import mesh as meshes, state as states
-from smalti.networks import transformer
+from smalti.networks import attention, transformer
 from smalti.networks.transformer import Transformer, TransformerConfig
 
 SMALL = TransformerConfig(layers=3, width=32, heads=4)
@@ -28,6 +28,11 @@ def build(config=SMALL, **changes):
   for linear in (model.blocks.attention.query, model.blocks.attention.key_value,
                  model.blocks.attention.out, model.blocks.gate_up, model.blocks.down):
     linear.kernel[...] *= 10
+  for i, (_, leaf) in enumerate(nnx.iter_modules(model.blocks.attention)):
+    for name in {'scale', 'bias'} & set(vars(leaf)):  # at initialisation ones and zeros
+      value = getattr(leaf, name)
+      if value is not None:
+        value[...] += 0.3 * jax.random.normal(jax.random.key(20 + i), value.shape)
   return model
 
 
@@ -99,7 +104,7 @@ def test_groups_equal_repeated_key_heads():
 def test_attention_equals_the_built_in():
   query, key, value = jax.random.normal(jax.random.key(3), (3, 2, 4, 7, 8))
   mask = jnp.arange(7) < jnp.array([[3], [7]])
-  ours = transformer.attend(query, key, value, causal=True, mask=mask)
+  ours = attention.attend(query, key, value, causal=True, mask=mask)
   seen = (mask[:, None, None] & jnp.tril(jnp.ones((7, 7), bool))) | jnp.eye(7, dtype=bool)
   theirs = jax.nn.dot_product_attention(
       *(jnp.swapaxes(y, 1, 2) for y in (query, key, value)), mask=seen)
@@ -141,7 +146,8 @@ def test_adaln_zero_begins_as_the_identity():
       forward(model, x, places, vector), model.norm(x), atol=1e-6)
 
 
-CACHED = [dict(), dict(kv_heads=2), dict(axes=2, qk_norm=False), dict(modulated=True), dict(axes=0)]
+CACHED = [dict(), dict(kv_heads=2), dict(axes=2, qk_norm=False), dict(modulated=True), dict(axes=0),
+          dict(norm='affine', qkv_bias=True, kv_heads=1)]
 
 
 @pytest.mark.parametrize('prefill', [0, 1, LENGTH - 1])
@@ -318,18 +324,18 @@ def test_hidden_states_are_the_stream_between_the_blocks(modulated):
 def test_cross_attention_equals_numpy(kv_heads, qk_norm):
   """softmax(q k^T / sqrt(f)) v over the real vectors of the memory alone, head by head."""
   config = dataclasses.replace(SMALL, memory=12, kv_heads=kv_heads, qk_norm=qk_norm)
-  attention = transformer.CrossAttention(config, config.memory, rngs=nnx.Rngs(0))
-  for linear in (attention.query, attention.key_value, attention.out):
+  cross = transformer.CrossAttention(config, config.memory, rngs=nnx.Rngs(0))
+  for linear in (cross.query, cross.key_value, cross.out):
     linear.kernel[...] *= 10
   x, memory = (np.asarray(jax.random.normal(jax.random.key(i), shape)) for i, shape in enumerate(
       [(2, 5, 32), (2, 6, 12)]))
   mask = np.array([[1, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1]], bool)
   unit = lambda y: y / np.sqrt((y * y).mean(-1, keepdims=True) + 1e-5) if qk_norm else y  # noqa: E731
-  query = unit(np.einsum('bnc,ckf->bnkf', x, attention.query.kernel[...]))
-  key, value = np.einsum('btc,cikf->ibtkf', memory, attention.key_value.kernel[...])
+  query = unit(np.einsum('bnc,ckf->bnkf', x, cross.query.kernel[...]))
+  key, value = np.einsum('btc,cikf->ibtkf', memory, cross.key_value.kernel[...])
   key, value = (np.repeat(y, 4 // kv_heads, 2) for y in (unit(key), value))
   score = np.exp(np.einsum('bnkf,btkf->bknt', query, key) / np.sqrt(8)) * mask[:, None, None]
   mixed = np.einsum('bknt,btkf->bnkf', score / score.sum(-1, keepdims=True), value)
-  expected = np.einsum('bnkf,kfc->bnc', mixed, attention.out.kernel[...])
-  found = attention(jnp.asarray(x), *attention.read(jnp.asarray(memory)), jnp.asarray(mask))
+  expected = np.einsum('bnkf,kfc->bnc', mixed, cross.out.kernel[...])
+  found = cross(jnp.asarray(x), *cross.read(jnp.asarray(memory)), jnp.asarray(mask))
   np.testing.assert_allclose(found, expected, atol=1e-5)
