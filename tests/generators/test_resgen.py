@@ -19,7 +19,7 @@ from flax import nnx
 from hypothesis import given, settings as budget, strategies as st
 from scipy import special, stats
 
-from smalti.generators import resgen
+from smalti.generators import resgen, sums
 from smalti.generators.generator import example_keys, generate
 from smalti.generators.resgen import Mixture, ResGen, ResGenConfig, ResGenSettings
 from smalti.networks.transformer import TransformerConfig
@@ -80,7 +80,7 @@ class Exact(ResGen):
     self.prepare({'vectors': FAR, 'tokens': ARRAYS}, key=jax.random.key(0))
 
   def mixture(self, tokens, count, labels, **_):
-    seen = ~resgen.hidden(count, 2)[:, None]
+    seen = ~sums.hidden(count, 2)[:, None]
     fits = jnp.all(jnp.where(seen, tokens[:, None] == ARRAYS, True), (2, 3))  # [b, 16]
     laws = jnp.array(self.laws)
     law = fits * (laws[0] if labels is None else laws[labels])
@@ -176,7 +176,7 @@ def test_counts_given_later_ones_are_the_exact_reverse():
     assert len(rows) > 3000 and chi_square(tally(rows), hypergeometric(2, counts))
   assert not chi_square(tally(rows), hypergeometric(2, (2, 1, 1)))  # the control
   # drawn afresh from k_t, whatever the scores were, it is the same law
-  masked = resgen.hidden(jnp.broadcast_to(jnp.array([2, 1, 1]), (20000, 3)), 2)
+  masked = sums.hidden(jnp.broadcast_to(jnp.array([2, 1, 1]), (20000, 3)), 2)
   again = resgen.deepest(jax.random.gumbel(jax.random.key(2), masked.shape), masked,
                          jnp.full(len(masked), 2))
   assert chi_square(tally(again), hypergeometric(2, (2, 1, 1)))
@@ -195,7 +195,7 @@ def test_of_one_code_per_position_counts_are_uniform_subsets():
 def test_what_is_visible_is_a_prefix_of_every_position(data):
   depth = data.draw(st.integers(1, 5))
   count = np.array(data.draw(st.lists(st.integers(0, depth), min_size=3, max_size=3)))[None]
-  mask = np.asarray(resgen.hidden(jnp.asarray(count), depth))
+  mask = np.asarray(sums.hidden(jnp.asarray(count), depth))
   assert np.array_equal(mask.sum(-1), count)
   assert np.all(np.diff(mask.astype(int), axis=-1) >= 0)  # once hidden, hidden to the end
 
@@ -293,7 +293,7 @@ def test_hidden_codes_are_not_read():
   model = stirred(build())
   tokens = jnp.asarray(ARRAYS, jnp.int32)
   count = jnp.tile(jnp.array([[1, 2]]), (16, 1))
-  seen = ~resgen.hidden(count, 2)
+  seen = ~sums.hidden(count, 2)
   found = asked(model, tokens, count, None)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(
       asked(model, jnp.where(seen, tokens, 1 - tokens), count, None))):
@@ -321,29 +321,6 @@ def test_without_vectors_there_is_no_finite_loss():
 
 # ---- quantizing again
 
-# Share of positions, mean over Gaussian books of c=8, V=16, D=4 and its deviation between books:
-# of codes that are the greedy codes of N(0, 1), and of codes drawn uniformly.
-RATES = {1.: ((.8104, .0761), (.8789, .0236)), .5: ((.0569, .0204), (.1299, .0383)),
-         .25: ((.0002, .0005), (.0015, .0026))}
-ONE_SET = {1.: .806, .5: .040, .25: 0.}  # published for one set of books, codes of N(0, 1)
-
-
-@pytest.mark.parametrize('ratio', RATES)
-def test_change_rate_of_gaussian_codebooks(ratio):
-  """Sums of codes are not quantized into the same codes unless the levels decay fast."""
-  number = 16
-  vectors = jnp.stack([books((16,) * 4, 8, ratio, seed) for seed in range(number)])
-  z = jax.random.normal(jax.random.key(0), (number, 1, 2000, 8))
-  codes = jax.vmap(resgen.requantise)(vectors, z)
-  drawn = jax.random.randint(jax.random.key(1), codes.shape, 0, 16)
-  for tokens, (mean, deviation) in zip((codes, drawn), RATES[ratio]):
-    rates = jax.vmap(resgen.change_rate)(vectors, tokens)
-    assert abs(np.mean(rates) - mean) < 4 * deviation / number ** .5
-    if tokens is codes:
-      assert abs(mean - ONE_SET[ratio]) < 2 * deviation
-      assert abs(np.mean(rates) - ONE_SET[ratio]) < 2 * deviation
-
-
 def test_held_out_batches_say_how_many_positions_are_recoded():
   spec = TokenSpec(grid=(6,), vocab=(7, 5, 4), order='depth')
   vectors = books(spec.vocab, 3, .7)
@@ -370,23 +347,10 @@ def test_requantising_hidden_sums_returns_their_codes(count):
   tokens = jax.random.randint(jax.random.key(1), (50, 6, 4), 0, jnp.array(spec.vocab))
   counts = jnp.full((50, 6), count)
   _, z = model.sums(tokens, counts)
-  found = resgen.requantise(model.vectors[...], z, jnp.asarray(spec.support()), counts)
-  mask = resgen.hidden(counts, 4)
+  found = sums.requantise(model.vectors[...], z, jnp.asarray(spec.support()), counts)
+  mask = sums.hidden(counts, 4)
   np.testing.assert_array_equal(found[mask], tokens[mask])
   assert np.all(found < np.array(spec.vocab))  # rows past an alphabet are no codes
-
-
-def test_requantising_around_a_known_code_makes_up_for_it():
-  vectors = jnp.array([[[0.], [4.]], [[0.], [2.]], [[0.], [1.]]])
-  z = jnp.array([[[5.]]])
-  free = resgen.requantise(vectors, z)
-  np.testing.assert_array_equal(free[0, 0], (1, 0, 1))
-  known = jnp.array([[[0, 1, 0]]])
-  held = resgen.requantise(vectors, jnp.array([[[3.2]]]), None, jnp.array([[3]]), known,
-                           jnp.array([[[False, True, False]]]))
-  np.testing.assert_array_equal(held[0, 0], (1, 1, 0))
-  np.testing.assert_array_equal(
-      resgen.requantise(vectors, jnp.array([[[3.2]]]))[0, 0], (1, 0, 0))
 
 
 # ---- sampling
@@ -653,7 +617,7 @@ def least_nats(floor):
   nats = weight = 0.
   for left, chance in enumerate(edges[:-1] - edges[1:], 1):  # of ceil(4 cos(pi u / 2))
     for count, p in hypergeometric(left, (2, 2)).items():
-      seen = ~np.asarray(resgen.hidden(jnp.array([count]), 2))[0]
+      seen = ~np.asarray(sums.hidden(jnp.array([count]), 2))[0]
       for i in np.flatnonzero(count):
         joint, context = collections.Counter(), collections.Counter()
         for array, q in zip(ARRAYS, COPY):
