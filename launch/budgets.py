@@ -18,7 +18,7 @@ from smalti.evaluation import features
 from smalti.evaluation.frechet import frechet_distance
 from smalti.evaluation.reconstruction import measure
 from smalti.launch import cli, pictures, provenance, run as runs
-from smalti.launch.judge import BATCH, Judge, accumulate, open_judge, references, spread
+from smalti.launch.judge import BATCH, Judge, accumulate, open_judge, references, subset
 from smalti.launch.progress import say
 from smalti.launch.reconstruct import decoded, encoded, lengths, settings_of
 from smalti.launch.serialization import to_json
@@ -163,7 +163,7 @@ def main(values: Any) -> int:
   data = loaded.data
   source = data.open('eval')
   count = min(values.n, len(source))
-  images = source.read(spread(len(source), count))['image']
+  images = source.read(subset(len(source), count))['image']
   judge = open_judge(data, references(folder), n=count, extractor=values.extractor)
   work = Measured(loaded, images, judge, settings_of(loaded, values.settings))
   found = measured(work, seeds=values.seeds, steps=tuple(int(x) for x in values.steps))

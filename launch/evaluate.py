@@ -35,7 +35,7 @@ from smalti.launch.judge import (
   judge_of_file,
   open_judge,
   references,
-  spread,
+  subset,
 )
 from smalti.launch.progress import say, track
 from smalti.launch.reconstruct import encoded, settings_of
@@ -66,7 +66,7 @@ class Split:
   def read(cls, data: Any, split: str) -> 'Split':
     source = data.open(split)
     size = sum(value[0].nbytes for value in source.read(np.arange(1)).values())
-    rows = source.read(spread(len(source), max(2, min(LARGEST, BYTES // size))))
+    rows = source.read(subset(len(source), max(2, min(LARGEST, BYTES // size))))
     if 'image' not in rows:
       raise ValueError(f'{type(data).__name__} holds no images to compare with; '
                        'evaluate with --data=CONFIG, whose data has.')
@@ -132,7 +132,7 @@ def _add_likelihood(loaded: runs.Loaded, scores: Scores, real: tuple[np.ndarray,
   Per dimension they are spread over the values of an image: of tokens that are its values, its
   likelihood; of a tokenizer's, what the tokens alone cost.
   """
-  key, rows = states.stream(seed, 'eval'), [spread(len(tokens), SCORED) for tokens in real]
+  key, rows = states.stream(seed, 'eval'), [subset(len(tokens), SCORED) for tokens in real]
   compared = real[0], real[1][rows[1]]
   unigram = codes.unigram_bits(loaded.spec, *compared)
   positional = codes.unigram_bits(loaded.spec, *compared, positional=True)

@@ -27,7 +27,7 @@ from smalti.evaluation import (
 from smalti.evaluation.files import whole
 from smalti.evaluation.frechet import frechet_distance
 from smalti.launch import run as runs
-from smalti.launch.judge import BATCH, Judge, accumulate, spread
+from smalti.launch.judge import BATCH, Judge, accumulate, subset
 from smalti.launch.reconstruct import decoded, encoded, lengths
 from smalti.launch.scores import Scores
 
@@ -205,7 +205,7 @@ def _tokens(loaded: runs.Loaded, images: np.ndarray) -> np.ndarray:
 
 
 def _batches(source: Any, n: int) -> Iterator[np.ndarray]:
-  chosen = spread(len(source), n)
+  chosen = subset(len(source), n)
   for first in range(0, n, BATCH):
     yield source.read(chosen[first:first + BATCH])['image']
 

@@ -36,7 +36,7 @@ from smalti.launch.judge import (
     classifies,
     open_extractor,
     references,
-    spread,
+    subset,
 )
 from smalti.launch.progress import say, track
 from smalti.launch.reconstruct import decoded, encoded
@@ -177,7 +177,7 @@ def main(values: Any) -> int:
   settings = _whole(sampling.resolve_settings(generator, values.settings), values.conditional)
   data = runs.pixels(data, tokenizer)
   source = data.open('eval')
-  rows = spread(len(source), values.n)
+  rows = subset(len(source), values.n)
   batch = source.read(rows)
   images, classes = batch['image'], batch.get('label')
   if values.conditional and (classes is None or not getattr(generator.config, 'classes', 0)):

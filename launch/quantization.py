@@ -20,7 +20,7 @@ from smalti.generators.autoregressive import Autoregressive, AutoregressiveSetti
 from smalti.generators.generator import example_keys, generate
 from smalti.launch import cli, provenance, run as runs, state as states, timing
 from smalti.launch.evaluate import tokenize
-from smalti.launch.judge import spread
+from smalti.launch.judge import subset
 from smalti.launch.progress import say
 from smalti.networks.quantized import nbytes, quantized
 
@@ -137,7 +137,7 @@ def main(values: Any) -> int:
                      'the run of an autoregressive generator.')
   data, codec = loaded.data, runs.load_tokenizer(loaded, values.tokenizer)
   source = runs.pixels(data, codec).open('eval')
-  rows = source.read(spread(len(source), values.n))
+  rows = source.read(subset(len(source), values.n))
   labels = rows.get('label') if loaded.model.classes else None
   found = measure(loaded.model, tokenize(codec, rows['image']), labels,
                   other=in_other_dtype(loaded), batch=values.batch_size, rounds=values.rounds)

@@ -28,7 +28,7 @@ from smalti.launch import cells, exits, provenance, run as runs, state as states
 from smalti.launch.evaluate import generator_scores
 from smalti.launch.experiment import Experiment
 from smalti.launch.fidelity import tokenizer_scores
-from smalti.launch.judge import Judge, open_judge, references, spread
+from smalti.launch.judge import Judge, open_judge, references, subset
 from smalti.launch.pictures import save_grid
 from smalti.launch.progress import say
 from smalti.launch.reconstruct import encoded
@@ -173,7 +173,7 @@ def _said(node: Any) -> Any:
 def curve(folder: pathlib.Path, experiment: Experiment) -> list[dict[str, float]]:
   """Use of the codes on held-out images at every kept checkpoint, with the weights as they were."""
   source, found = experiment.data.open('eval'), []
-  images = source.read(spread(len(source), CURVE))['image']
+  images = source.read(subset(len(source), CURVE))['image']
   for step in runs.outline(folder).steps:
     loaded = runs.load(f'{folder}@{step}', weights='raw')
     tokens = np.concatenate([np.asarray(encoded(loaded, images[i:i + 256]))
@@ -191,7 +191,7 @@ def record_baselines(study: Study, experiment: Experiment, bits: float) -> None:
     return
   wall = time.perf_counter()
   sources = [experiment.data.open(split) for split in ('train', 'eval')]
-  fitted, images = (source.read(spread(len(source), n))['image']
+  fitted, images = (source.read(subset(len(source), n))['image']
                     for source, n in zip(sources, (TRAIN, IMAGES)))
   found = baselines.baselines(fitted, images, bits=bits)
   mean = np.rint(np.mean(fitted, 0, dtype=np.float64)).astype(np.uint8)
