@@ -10,6 +10,7 @@ from smalti.configs import cifar10_md4
 from smalti.data.digits import DigitsConfig
 from smalti.launch import evaluate, run as runs
 from smalti.launch.experiment import MeshConfig
+from smalti.launch.judge import subset
 from smalti.launch.sample import draw
 from smalti.launch.scores import Scores
 from smalti.launch.state import stream
@@ -45,12 +46,16 @@ def test_a_generator_of_pixels_trains_and_draws_images(tmp_path, monkeypatch):
   evaluate.evaluate_generator(loaded, pixels, found, *splits, drawn, seed=0)
   bits = {score.name: score for score in found.rows}['bits_per_token_held_out']
   assert bits.beside['bits_per_dimension'] == pytest.approx(bits.value)
-  monkeypatch.setattr(evaluate, 'SCORED', 16)  # of 64: every fourth
+  asked, nats = [], type(loaded.model).nats
+  monkeypatch.setattr(type(loaded.model), 'nats', lambda self, batch, *, key, settings: (
+      asked.append(settings), nats(self, batch, key=key, settings=settings))[1])
+  monkeypatch.setattr(evaluate, 'SCORED', 16)  # of 64
   few = Scores(loaded, quiet=True)
-  evaluate.evaluate_generator(loaded, pixels, few, *splits, drawn, seed=0)
+  evaluate.evaluate_generator(loaded, pixels, few, *splits, drawn, seed=0, settings=settings)
+  assert asked == [settings] * 2  # the law of what is drawn: training images, held-out ones
   bits = {score.name: score for score in few.rows}['bits_per_token_held_out']
-  again, _ = evaluate.bits_per_token(
-      loaded, evaluate.tokenize(pixels, splits[1].images[::4]), {}, key=stream(0, 'eval'))
+  tokens = evaluate.tokenize(pixels, splits[1].images[subset(64, 16)])
+  again, _ = evaluate.bits_per_token(loaded, tokens, {}, key=stream(0, 'eval'))
   assert bits.samples == 16 and bits.value == pytest.approx(again, rel=1e-6)
   assert bits.beside['bits_per_dimension'] == pytest.approx(bits.value)
   with pytest.raises(ValueError, match='was trained on tokenizer'):
