@@ -19,6 +19,7 @@ from sklearn.decomposition import PCA
 
 from smalti.evaluation import reconstruction
 from smalti.evaluation.reconstruction import Reconstruction
+from smalti.evaluation.subset import subset
 
 Images = Shaped[np.ndarray, '_b _h _w _c']  # uint8
 
@@ -255,9 +256,7 @@ def _assembled(rows: np.ndarray, shape: tuple[int, ...], side: int | None) -> Im
 
 
 def _sample(rows: Float[np.ndarray, 'r p']) -> Float[np.ndarray, 's p']:
-  if len(rows) <= FITTED:
-    return rows
-  return rows[np.sort(np.random.default_rng(0).choice(len(rows), FITTED, replace=False))]
+  return rows if len(rows) <= FITTED else rows[subset(len(rows), FITTED)]
 
 
 def _batches(images: Images) -> Iterator[Images]:

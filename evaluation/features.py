@@ -21,6 +21,7 @@ from sklearn.neural_network import MLPClassifier
 
 from smalti.evaluation.files import whole
 from smalti.evaluation.frechet import Moments
+from smalti.evaluation.subset import subset
 
 FORMAT = 1
 SIDE = 32  # pixels that larger images are averaged to
@@ -109,9 +110,8 @@ class Principal:
 
   @classmethod
   def fit(cls, images: Images, dim: int) -> 'Principal':
-    """Fits on all images, or on `FITTED` evenly spaced ones of more."""
-    chosen = np.linspace(0, len(images) - 1, min(len(images), FITTED)).round().astype(int)
-    small = shrink(images[chosen])
+    """Fits on all images, or on `FITTED` of more."""
+    small = shrink(images[subset(len(images), FITTED)])
     x = _flatten(small, small.shape[1:])
     if not 1 <= dim <= min(x.shape):
       raise ValueError(f'{dim=} must be in 1..{min(x.shape)} for {len(x)} images of '

@@ -17,8 +17,9 @@ from jaxtyping import Shaped
 from smalti.evaluation import features
 from smalti.evaluation.frechet import frechet_distance
 from smalti.evaluation.reconstruction import measure
+from smalti.evaluation.subset import subset
 from smalti.launch import cli, pictures, provenance, run as runs
-from smalti.launch.judge import BATCH, Judge, accumulate, open_judge, references, subset
+from smalti.launch.judge import BATCH, Judge, accumulate, open_judge, references
 from smalti.launch.progress import say
 from smalti.launch.reconstruct import decoded, encoded, lengths, settings_of
 from smalti.launch.serialization import to_json

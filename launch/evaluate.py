@@ -23,6 +23,7 @@ from smalti.data.captions import CaptionsConfig
 from smalti.evaluation import agreement, captions, codes, features, memorization
 from smalti.evaluation.manifest import Score, read_file, write_scores
 from smalti.evaluation.perceptual import Net
+from smalti.evaluation.subset import subset
 from smalti.launch import cli, extractors, provenance, run as runs, state as states, trees
 from smalti.launch.fidelity import tokenizer_scores
 from smalti.launch.gallery import open_gallery
@@ -35,7 +36,6 @@ from smalti.launch.judge import (
   judge_of_file,
   open_judge,
   references,
-  subset,
 )
 from smalti.launch.progress import say, track
 from smalti.launch.reconstruct import encoded, settings_of

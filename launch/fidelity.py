@@ -26,8 +26,9 @@ from smalti.evaluation import (
 )
 from smalti.evaluation.files import whole
 from smalti.evaluation.frechet import frechet_distance
+from smalti.evaluation.subset import subset
 from smalti.launch import run as runs
-from smalti.launch.judge import BATCH, Judge, accumulate, subset
+from smalti.launch.judge import BATCH, Judge, accumulate
 from smalti.launch.reconstruct import decoded, encoded, lengths
 from smalti.launch.scores import Scores
 

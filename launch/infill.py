@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from smalti.evaluation import agreement
+from smalti.evaluation.subset import subset
 from smalti.generators.generator import example_keys, generate
 from smalti.launch import (
     cli,
@@ -30,14 +31,7 @@ from smalti.launch import (
     sample as sampling,
     state as states,
 )
-from smalti.launch.judge import (
-    BATCH,
-    agreeing,
-    classifies,
-    open_extractor,
-    references,
-    subset,
-)
+from smalti.launch.judge import BATCH, agreeing, classifies, open_extractor, references
 from smalti.launch.progress import say, track
 from smalti.launch.reconstruct import decoded, encoded
 from smalti.tokenizers.spec import TokenSpec

@@ -21,6 +21,7 @@ from smalti.evaluation import features, measures, reference as reference_files
 from smalti.evaluation.files import whole
 from smalti.evaluation.manifest import seal
 from smalti.evaluation.measures import Measured
+from smalti.evaluation.subset import subset
 from smalti.evaluation.summary import Accumulator, Summary
 from smalti.launch import extractors, serialization
 from smalti.launch.progress import say, track
@@ -287,15 +288,6 @@ def agreeing(network: Any, images: np.ndarray, labels: np.ndarray) -> int:
   parts = (slice(i, i + BATCH) for i in range(0, len(images), BATCH))
   return sum(int((network(_filled(images[rows]))['logits'][:len(labels[rows])].argmax(-1)
                   == labels[rows]).sum()) for rows in parts)
-
-
-def subset(length: int, n: int) -> np.ndarray:
-  """At most n of the rows 0..length-1, in order: drawn at random, and the same ones in every run.
-
-  A folder's first rows are its first class. Evenly spaced rows are no better where classes take
-  turns: every fifth of ten classes is of two.
-  """
-  return np.sort(np.random.default_rng(0).choice(length, min(n, length), replace=False))
 
 
 def _real(source: Any, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from smalti.evaluation.subset import subset
 from smalti.generators.autoregressive import Autoregressive, AutoregressiveSettings
 from smalti.generators.generator import example_keys, generate
 from smalti.launch import cli, provenance, run as runs, state as states, timing
 from smalti.launch.evaluate import tokenize
-from smalti.launch.judge import subset
 from smalti.launch.progress import say
 from smalti.networks.quantized import nbytes, quantized
 

@@ -23,12 +23,13 @@ import numpy as np
 
 from smalti.evaluation import baselines, codes, reconstruction
 from smalti.evaluation.manifest import seal
+from smalti.evaluation.subset import subset
 from smalti.generators.generator import GeneratorConfig
 from smalti.launch import cells, exits, provenance, run as runs, state as states
 from smalti.launch.evaluate import generator_scores
 from smalti.launch.experiment import Experiment
 from smalti.launch.fidelity import tokenizer_scores
-from smalti.launch.judge import Judge, open_judge, references, subset
+from smalti.launch.judge import Judge, open_judge, references
 from smalti.launch.pictures import save_grid
 from smalti.launch.progress import say
 from smalti.launch.reconstruct import encoded

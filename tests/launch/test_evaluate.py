@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from smalti.data.digits import DigitsConfig
 from smalti.evaluation.manifest import read_file, read_scores
+from smalti.evaluation.subset import subset
 from smalti.evaluation.summary import Accumulator
 from smalti.launch import cli, evaluate, judge as judges, provenance, trees
 from smalti.launch.train import train
@@ -187,24 +187,10 @@ def test_a_floor_of_fewer_images_has_all_classes(order, tmp_path, monkeypatch):
   monkeypatch.setattr(DigitsConfig, 'open', lambda self, split: Source())
   judge = judges.open_judge(DigitsConfig(), tmp_path, n=40)
   assert judge.held_out[0].n == 40
-  rows = judges.subset(200, 40)  # every fifth of 200 in turn would be of two classes
+  rows = subset(200, 40)  # every fifth of 200 in turn would be of two classes
   assert len(set(rows)) == 40 and set(labels[rows]) == set(range(10))
   expected = judge.extractor(images[rows])['features']
   np.testing.assert_allclose(judge.held_out[0].moments.mean, expected.mean(0), rtol=1e-5)
   split = evaluate.Split.read(DigitsConfig(), 'train')
   np.testing.assert_array_equal(split.images, images)
 
-
-@settings(deadline=None)
-@given(length=st.integers(1, 5000), n=st.integers(1, 5000), classes=st.integers(2, 12))
-def test_a_subset_has_the_shares_of_the_whole(length, n, classes):
-  rows = judges.subset(length, n)
-  assert len(rows) == len(set(rows)) == min(n, length)
-  np.testing.assert_array_equal(rows, judges.subset(length, n))
-  np.testing.assert_array_equal(judges.subset(length, length), np.arange(length))
-  for labels in (np.arange(length) * classes // length, np.arange(length) % classes):
-    share = np.bincount(labels, minlength=classes) / length
-    found = np.bincount(labels[rows], minlength=classes)
-    # five deviations of a draw without return
-    deviation = np.sqrt(len(rows) * share * (1 - share) * (1 - len(rows) / length))
-    assert (abs(found - len(rows) * share) <= 5 * deviation + 1).all()

@@ -8,9 +8,9 @@ import pytest
 
 from smalti.configs import cifar10_md4
 from smalti.data.digits import DigitsConfig
+from smalti.evaluation.subset import subset
 from smalti.launch import evaluate, run as runs
 from smalti.launch.experiment import MeshConfig
-from smalti.launch.judge import subset
 from smalti.launch.sample import draw
 from smalti.launch.scores import Scores
 from smalti.launch.state import stream

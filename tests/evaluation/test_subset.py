@@ -1,0 +1,21 @@
+"""Rows that stand for all: shares of classes, whatever order the rows are in."""
+
+import numpy as np
+from hypothesis import given, settings, strategies as st
+
+from smalti.evaluation.subset import subset
+
+
+@settings(deadline=None)
+@given(length=st.integers(1, 5000), n=st.integers(1, 5000), classes=st.integers(2, 12))
+def test_a_subset_has_the_shares_of_the_whole(length, n, classes):
+  rows = subset(length, n)
+  assert len(rows) == len(set(rows)) == min(n, length)
+  np.testing.assert_array_equal(rows, subset(length, n))
+  np.testing.assert_array_equal(subset(length, length), np.arange(length))
+  for labels in (np.arange(length) * classes // length, np.arange(length) % classes):
+    share = np.bincount(labels, minlength=classes) / length
+    found = np.bincount(labels[rows], minlength=classes)
+    # five deviations of a draw without return
+    deviation = np.sqrt(len(rows) * share * (1 - share) * (1 - len(rows) / length))
+    assert (abs(found - len(rows) * share) <= 5 * deviation + 1).all()
