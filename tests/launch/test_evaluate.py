@@ -193,4 +193,3 @@ def test_a_floor_of_fewer_images_has_all_classes(order, tmp_path, monkeypatch):
   np.testing.assert_allclose(judge.held_out[0].moments.mean, expected.mean(0), rtol=1e-5)
   split = evaluate.Split.read(DigitsConfig(), 'train')
   np.testing.assert_array_equal(split.images, images)
-
