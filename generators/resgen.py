@@ -141,7 +141,7 @@ class ResGen(Generator):
     self.spread = Linear(width, config.components, bias=True, std=0, rngs=rngs)
     self.affine = Linear(width, (2, channels), bias=True, std=0, rngs=rngs)
     self.components = Linear(width, (config.components, config.rank), std=0, rngs=rngs)
-    # what differs, or equal components would have equal gradients for ever; see `prepare`
+    # what differs: equal components would have equal gradients for ever; see `prepare`
     self.centre = Embedding(config.components, config.rank, std=1.0, rngs=rngs)
     self.basis = Linear(config.rank, channels, std=config.rank ** -0.5, rngs=rngs)
 
@@ -149,8 +149,9 @@ class ResGen(Generator):
     """Before step 0: takes the tokenizer's code vectors, `vectors` [D, V, c] of the batch.
 
     Components start at sums of the batch's codes, in the directions in which these differ most:
-    from random means few of them ever reach a sum, and the others are lost. They are as wide as
-    the nearest of them are apart, but no wider than 1 and no narrower than `floor`.
+    from random means few of them ever reach a sum, and the others are lost. Around a sum that was
+    drawn more than once they scatter by exp(`floor`). They are as wide as the nearest of them are
+    apart, but no wider than 1 and no narrower than `floor`.
 
     Raises:
       ValueError: there are no vectors, or they are of another shape.
@@ -163,9 +164,11 @@ class ResGen(Generator):
                        f'{wanted}; set channels={found[-1]}.')
     self.vectors[...] = batch['vectors'].astype(jnp.float32)
     (number, room), depth = self.centre.embedding.shape, self.spec.depth
-    first, second = jax.random.split(key)
+    first, second, third = jax.random.split(key, 3)
     codes = jax.random.choice(first, jnp.asarray(batch['tokens']).reshape(-1, depth), (number, 1))
     z = self._standard(codes, jax.random.randint(second, (number, 1), 1, depth + 1))[:, 0]
+    # equal ones would have equal gradients for ever, and sums may be fewer than components
+    z = z + jnp.exp(self.floor) * jax.random.normal(third, z.shape)
     directions = jnp.linalg.svd(z, full_matrices=False)[2][:room]
     n = len(directions)  # a rank above the channels leaves the rest of the basis as it is
     self.basis.kernel[...] = self.basis.kernel[...].at[:n].set(directions)

@@ -97,7 +97,7 @@ class Exact(ResGen):
 @pytest.mark.parametrize('rank', [2, 3, 5])
 def test_components_start_at_sums_of_codes(rank):
   spec = TokenSpec(grid=(4,), vocab=(3, 2), order='depth')
-  model = build(spec, components=60, rank=rank)
+  model = build(spec, components=60, rank=rank, floor=-12.)
   tokens = jnp.asarray(list(itertools.product(range(3), range(2))))[:, None]
   sums = jnp.concatenate([model._standard(tokens, jnp.full((6, 1), k))[:, 0] for k in (1, 2)])
   found = model.mixture(jnp.zeros((1, 4, 2), int), jnp.full((1, 4), 2), None)
@@ -107,6 +107,17 @@ def test_components_start_at_sums_of_codes(rank):
   away = jnp.linalg.norm(means[:, None] - sums @ basis.T @ basis, axis=-1)
   np.testing.assert_allclose(away.min(1), 0, atol=1e-4)
   np.testing.assert_allclose(away.min(0), 0, atol=1e-4)  # 60 draws miss none of 2 + 6
+
+
+def test_components_of_one_sum_are_told_apart():
+  spec = TokenSpec(grid=(4,), vocab=(3, 2), order='depth')
+  model = build(spec, components=60, rank=3, floor=-2.)  # of 2 + 6 sums
+  tokens = np.random.default_rng(1).integers(0, spec.vocab, (8, 4, 2))
+  gradient = nnx.grad(lambda model: model.loss({'tokens': jnp.asarray(tokens)}, step=0,
+                                               key=jax.random.key(1))[0])(model)
+  for rows in (model.centre.embedding[...], gradient.centre.embedding[...]):
+    apart = np.linalg.norm(rows[:, None] - rows, axis=-1) / np.linalg.norm(rows, axis=-1).mean()
+    assert np.where(np.eye(60), np.inf, apart).min() > 1e-5
 
 
 @pytest.mark.parametrize('floor', [-100., -7., 1.])
