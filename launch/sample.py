@@ -19,7 +19,7 @@ import numpy as np
 import smalti
 from smalti.data.images import Refused, read_bytes
 from smalti.data.utf8 import to_bytes
-from smalti.generators.generator import example_keys
+from smalti.generators.generator import example_keys, fold
 from smalti.launch import cli, mesh as meshes, pictures, run as runs, state as states, trees
 from smalti.launch.experiment import MeshConfig
 from smalti.launch.progress import say, track
@@ -27,6 +27,7 @@ from smalti.launch.serialization import to_json
 from smalti.networks.pixels import to_uint8
 
 TEXT = 'text', 'text_mask'
+DECODE = 2**31 - 1  # folded into an example's key, beyond all that generators fold into it
 
 
 @dataclasses.dataclass
@@ -80,7 +81,7 @@ class Sampler:
       sample = generator.sample(condition, keys=keys, settings=settings)
       keep = getattr(settings, 'keep', None)
       keep = None if keep is None else jnp.full(len(keys), keep, jnp.int32)
-      images = to_uint8(tokenizer.decode(sample.tokens, keep=keep, keys=keys))
+      images = to_uint8(tokenizer.decode(sample.tokens, keep=keep, keys=fold(keys, DECODE)))
       return sample.tokens, images, jnp.asarray(sample.nfe)
 
     self._program = jax.jit(program)
@@ -276,10 +277,10 @@ def main(values: Any) -> int:
 def _labels(texts: list[str] | None, n: int, classes: int) -> np.ndarray | None:
   if texts is None:
     return None
-  labels = [int(text) if text.strip().isdigit() else -1 for text in texts]
+  labels = [int(text) if text.strip().isdecimal() else -1 for text in texts]
   if not classes:
     raise ValueError('This generator has no classes; leave out --labels.')
-  if any(not 0 <= label < classes for label in labels):
+  if not labels or any(not 0 <= label < classes for label in labels):
     raise ValueError(f'labels={",".join(texts)} must be integers in 0..{classes - 1}.')
   return np.resize(np.array(labels, np.int32), n)
 
