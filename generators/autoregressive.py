@@ -97,6 +97,11 @@ class AutoregressiveSettings(DrawSettings, GuidanceSettings):
   cache: Literal['int8'] | None = None
   weights: Literal['int8'] | None = None
 
+  def __post_init__(self):
+    super().__post_init__()
+    if isinstance(self.repetition, (int, float)) and not self.repetition > 0:
+      raise ValueError(f'repetition={self.repetition} must be above 0; 1 changes nothing.')
+
 
 class Autoregressive(Generator):
   """See the module."""
@@ -248,6 +253,9 @@ class Autoregressive(Generator):
       tokens = jnp.where(fixed, known, 0).astype(jnp.int32)
     order = self._order(settings, keys, fixed)
     if order is not None and fixed is not None:
+      if settings.keep is not None:
+        raise ValueError(f'keep={settings.keep} with known codes, which a model of all orders '
+                         'reads before any other; leave one of them out.')
       tokens, fixed, known = (
           jnp.take_along_axis(x, order, 1) for x in (tokens, fixed, known))
 
@@ -369,8 +377,8 @@ class Autoregressive(Generator):
       ValueError: a generator of text.
     """
     if self.text is not None:
-      raise ValueError('This generator reads text, which is not kept with compressed codes; '
-                       'compress with one of labels, or without a condition.')
+      raise ValueError('This generator reads text, and `advance` has no place for it; `sample` and '
+                       '`log_prob` do.')
     order = None if self.anneal is None else self._raster(len(label))
     first = self._inputs(jnp.zeros((len(label), 0), jnp.int32), label, order)
     x = jnp.where(i == 0, first, self._embed(previous[:, None], i[None], order))

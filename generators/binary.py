@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from smalti.generators import logits as processing, schedules
+from smalti.generators.bodies import check_axes
 from smalti.generators.flips import (
     NEVER,
     Reverse,
@@ -36,6 +37,7 @@ from smalti.generators.generator import (
     GeneratorConfig,
     GuidanceSettings,
     Sample,
+    check_floats,
     check_request,
     check_shares,
     drop_labels,
@@ -100,6 +102,9 @@ class BinarySettings(GuidanceSettings):
   clamp: Literal['clean', 'renoise'] = 'renoise'
   trace: bool = False
 
+  def __post_init__(self):
+    check_floats(self, 'temperature', above=0)
+
 
 class Binary(Generator):
   """p(z_0 | z_t, label) bit by bit, the bound of the diffusion, and its samplers.
@@ -126,9 +131,7 @@ class Binary(Generator):
     if config.vlb < 0:
       raise ValueError(f'vlb={config.vlb} must not be negative.')
     body, depth = config.transformer, self.bits.depth
-    if body.axes not in (0, 1, len(spec.grid)):
-      raise ValueError(
-          f'axes={body.axes} must be 0, 1 or {len(spec.grid)} for the grid {spec.grid}.')
+    check_axes(body, spec.grid)
     self.input = Linear(depth, body.width, bias=True, dtype=body.dtype, rngs=rngs)
     self.place = Embedding(spec.length, body.width, dtype=body.dtype, rngs=rngs)
     self.time = TimeEmbedding(body.width, rngs=rngs)

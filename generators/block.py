@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from smalti.generators import logits as processing, masking, schedules, unmasking
+from smalti.generators.bodies import check_body
 from smalti.generators.generator import (
     Generator,
     GeneratorConfig,
@@ -225,13 +226,8 @@ class BlockDiffusion(Generator):
 
   def _enumerated(self) -> tuple[Bool[Array, 'm l'], Float[Array, 'm']]:
     """All masks of a block but the empty one, and their weights."""
-    size = self.block_size
-    if size > masking.ENUMERABLE:
-      raise ValueError(f"mode='enumerate' is for blocks of {masking.ENUMERABLE} codes at most, got "
-                       f"block_size={size}; use 'count'.")
-    masks = (np.arange(1, 2**size)[:, None] >> np.arange(size)) & 1 == 1
-    weights = np.array([1 / (m * math.comb(size, m)) for m in masks.sum(-1)], np.float32)
-    return jnp.asarray(masks), jnp.asarray(weights)
+    masks, weights = masking.every(jnp.ones((1, self.block_size), bool), None, None)
+    return masks, weights[:, 0]
 
   # ---- sampling
 
@@ -430,8 +426,4 @@ def _check(config: BlockDiffusionConfig, flat: TokenSpec) -> None:
     raise ValueError(f'rates={config.rates} never show a code of a block, and block_size={size} '
                      'needs to learn from them; (1, 1) is for blocks of 1.')
   check_shares(label_dropout=config.label_dropout)
-  if body.modulated and not config.classes:
-    raise ValueError('modulated=True needs classes > 0: the label is what modulates.')
-  if body.axes not in (0, 1, len(flat.grid)):
-    raise ValueError(
-        f'axes={body.axes} must be 0, 1 or {len(flat.grid)} for the grid {flat.grid}.')
+  check_body(body, config.classes, flat.grid)

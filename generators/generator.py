@@ -1,6 +1,7 @@
 """The Generator contract: tokens to a distribution over tokens, and samples of it."""
 
 import dataclasses
+import math
 import typing
 from typing import Any, Literal
 
@@ -38,12 +39,19 @@ class DrawSettings(Settings):
 
   Args:
     temperature, top_k, typical, top_p, min_p: see `generators.logits.process`; None is off.
+
+  Raises:
+    ValueError: a temperature below 0, or a mass or fraction outside 0..1.
   """
   temperature: float = 1.0
   top_k: int | None = None
   typical: float | None = None
   top_p: float | None = None
   min_p: float | None = None
+
+  def __post_init__(self):
+    check_floats(self, 'temperature', above=0)
+    check_floats(self, 'typical', 'top_p', 'min_p', above=0, below=1)
 
   def process(self, logits: Float[Array, '*b v'], *, temperature: ids.Scalar | None = None
               ) -> Float[Array, '*b v']:
@@ -68,12 +76,14 @@ class GuidanceSettings(Settings):
   guidance_start: float = 0.0
   guidance_stop: float = 1.0
 
-  def scales(self, steps: int) -> Float[Array, 't'] | None:
-    """s of every step, None without guidance."""
+  def scales(self, steps: int, own: int | Int[Array, 'b'] | None = None
+             ) -> Float[Array, 't *b'] | None:
+    """s of every step, None without guidance; for each row where they have steps of their `own`."""
     if self.guidance is None:
       return None
+    progress = schedules.progress(jnp.arange(steps), steps if own is None else own)
     return schedules.guidance(
-        self.guidance_schedule, self.guidance, steps, power=self.guidance_power,
+        self.guidance_schedule, self.guidance, progress, power=self.guidance_power,
         start=self.guidance_start, stop=self.guidance_stop)
 
 
@@ -209,6 +219,27 @@ def check_guided(label_dropout: float) -> None:
   if not label_dropout:
     raise ValueError('guidance leads away from the null condition, which label_dropout=0 never '
                      'trains; sample with guidance=none, or train with label_dropout=0.1.')
+
+
+def check_null(model: Any, remedy: str) -> None:
+  """Raises ValueError where a model is asked without the label or text that it was always told.
+
+  Args:
+    remedy: what to do instead of training again.
+  """
+  told = getattr(model, 'classes', 0) or getattr(model, 'text', None) is not None
+  if told and getattr(model, 'label_dropout', None) == 0:
+    raise ValueError('This generator is asked without a condition, and label_dropout=0 never '
+                     f'trains the null condition; {remedy}, or train with label_dropout=0.1.')
+
+
+def check_floats(settings: Settings, *names: str, above: float, below: float = math.inf) -> None:
+  """Raises ValueError where a setting is beyond its range; None and what is traced are not."""
+  for name in names:
+    value = getattr(settings, name)
+    if isinstance(value, (int, float)) and not above <= value <= below:
+      raise ValueError(f'{name}={value} must be ' + (
+          f'within {above}..{below}.' if below < math.inf else f'{above} or more.'))
 
 
 def check_shares(**shares: float) -> None:

@@ -15,7 +15,7 @@ Scalar = Float[Array, ''] | float
 
 
 def guide(conditional: Float[Array, '*b v'], unconditional: Float[Array, '*b v'],
-          scale: Scalar) -> Float[Array, '*b v']:
+          scale: Scalar | Float[Array, '*#b #v']) -> Float[Array, '*b v']:
   """u + scale (c - u): 1 is conditional, 0 unconditional, exactly. Mask ids only after it."""
   return scale * conditional + (1 - scale) * unconditional
 
@@ -26,9 +26,12 @@ def pair(conditional: Shaped[Array, 'b *n'], unconditional: Shaped[Array, 'b *n'
   return jnp.stack([conditional, unconditional], 1).reshape(-1, *conditional.shape[1:])
 
 
-def guide_pairs(both: Float[Array, '_ *n'], scale: Scalar) -> Float[Array, 'b *n']:
-  """`guide` of the rows of a doubled batch, see `pair`."""
+def guide_pairs(both: Float[Array, '_ *n'], scale: Scalar | Float[Array, 'b']
+                ) -> Float[Array, 'b *n']:
+  """`guide` of the rows of a doubled batch, see `pair`; rows may have scales of their own."""
   both = both.reshape(-1, 2, *both.shape[1:])
+  if jnp.ndim(scale):
+    scale = jnp.expand_dims(scale, range(1, both.ndim - 1))
   return guide(both[:, 0], both[:, 1], scale)
 
 

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from smalti.generators import logits as processing, masking, schedules, unmasking
+from smalti.generators.bodies import check_body, labelled
 from smalti.generators.generator import (
     Generator,
     GeneratorConfig,
@@ -102,11 +103,7 @@ class Masked(Generator):
   def _network(self, config: Any, rngs: nnx.Rngs) -> None:
     """Builds what `_outputs` runs."""
     body = config.transformer
-    if body.modulated and not config.classes:
-      raise ValueError('modulated=True needs classes > 0: the label is what modulates.')
-    if body.axes not in (0, 1, len(self.slots.grid)):
-      raise ValueError(f'axes={body.axes} must be 0, 1 or {len(self.slots.grid)} for the grid '
-                       f'{self.slots.grid}.')
+    check_body(body, config.classes, self.slots.grid)
     width, dtype = body.width, body.dtype
     self.token = self._input(width, dtype, rngs)
     # rotations are relative: where all tokens are hidden, only this tells positions apart
@@ -200,18 +197,8 @@ class Masked(Generator):
               labels: Int[Array, 'b'] | None) -> tuple[Float[Array, 'b m c'], dict[str, Any]]:
     """What the transformer is given: vectors, their positions, and the label where it modulates."""
     x = self._embed(tokens, masked) + self.place(jnp.arange(self.slots.length))
-    positions = np.arange(self.slots.length)[:, None]
-    if self.transformer.axes > 1:
-      positions = self.slots.coordinates()
-    modulation = None
-    if self.label is not None:
-      label = self.label(labels)
-      if self.transformer.modulated:
-        modulation = label
-      else:  # a prefix at coordinate 0, which does not rotate
-        x = jnp.concatenate([label[:, None], x], 1)
-        positions = np.concatenate([np.zeros_like(positions[:1]), positions])
-    return x, {'positions': jnp.asarray(positions), 'modulation': modulation}
+    label = None if self.label is None else self.label(labels)
+    return labelled(self.transformer, self.slots, x, label)
 
   def allowed(self, tokens: Int[Array, 'b n'], masked: Bool[Array, 'b n']
               ) -> Bool[Array, 'b n v']:
@@ -354,7 +341,8 @@ class Masked(Generator):
       possible, beyond = self._narrowed(known, known_mask)
     steps, order = unmasking.plan(settings, keys, unknown, self.slots.grid)
     if settings.guidance is not None:
-      steps['guidance'] = settings.scales(len(steps['step']))
+      steps['guidance'] = settings.scales(
+          len(steps['step']), unmasking.passes(settings, unknown.sum(-1)))
 
     def predict(tokens, masked, now):
       poor = None

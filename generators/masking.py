@@ -99,9 +99,12 @@ def by_ratio(key: Array, u: Float[Array, 'b'], real: Bool[Array, 'b n'], ratio: 
   return masked, 1 / (count * chance)
 
 
-def every(real: Bool[Array, 'b n'], schedule: schedules.Schedule, steps: int | None
-          ) -> tuple[Bool[Array, 'm n'], Float[Array, 'm b']]:
+def every(real: Bool[Array, 'b n'], schedule: schedules.Schedule | None,
+          steps: int | None) -> tuple[Bool[Array, 'm n'], Float[Array, 'm b']]:
   """All masks, and the weight of each for each example.
+
+  Args:
+    schedule, steps: of a diffusion of so many steps; None are the continuous limit, of no schedule.
 
   Raises:
     ValueError: too many positions.

@@ -23,6 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from smalti.generators import logits as processing, schedules
+from smalti.generators.bodies import check_body, labelled
 from smalti.generators.generator import (
     DrawSettings,
     Generator,
@@ -121,11 +122,7 @@ class ResGen(Generator):
                        f'rank={config.rank} must be 1 or more.')
     schedules.ratio(config.ratio, np.ones(1))
     body = config.transformer
-    if body.modulated and not config.classes:
-      raise ValueError('modulated=True needs classes > 0: the label is what modulates.')
-    if body.axes not in (0, 1, len(spec.grid)):
-      raise ValueError(
-          f'axes={body.axes} must be 0, 1 or {len(spec.grid)} for the grid {spec.grid}.')
+    check_body(body, config.classes, spec.grid)
     self.spec, self.classes, self.label_dropout = spec, config.classes, config.label_dropout
     self.objective, self.ratio, self.floor = config.objective, config.ratio, config.floor
     width, dtype, channels = body.width, body.dtype, config.channels
@@ -191,19 +188,9 @@ class ResGen(Generator):
     _, deviation = self.moments()
     x = self.input(visible / deviation[-1])
     x = x + self.hidden_count(count) + self.place(jnp.arange(self.spec.length))
-    positions = np.arange(self.spec.length)[:, None]
-    if self.transformer.axes > 1:
-      positions = self.spec.coordinates()
-    modulation = None
-    if self.label is not None:
-      label = self.label(labels)
-      if self.transformer.modulated:
-        modulation = label
-      else:  # a prefix at coordinate 0, which does not rotate
-        x = jnp.concatenate([label[:, None], x], 1)
-        positions = np.concatenate([np.zeros_like(positions[:1]), positions])
-    y = self.transformer(x, positions=jnp.asarray(positions), modulation=modulation, key=key,
-                         train=train)[:, -self.spec.length:]
+    label = None if self.label is None else self.label(labels)
+    x, where = labelled(self.transformer, self.spec, x, label)
+    y = self.transformer(x, **where, key=key, train=train)[:, -self.spec.length:]
     shift, scale = jnp.moveaxis(self.affine(y), -2, 0)
     return Mixture(
         weights=constrain(self.head(y), 'b n c'), spread=self.spread(y),

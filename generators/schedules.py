@@ -294,9 +294,16 @@ def kept(name: Kept, steps: int) -> Float[np.ndarray, 't']:
   return k
 
 
-def guidance(name: Guidance, scale: Float[Array, ''] | float, steps: int, *,
+def progress(step: Int[Array, 't'], steps: int | Int[Array, 'b']) -> Float[Array, 't *b']:
+  """i/T, the share of the steps that is over; rows may have a T of their own, and 1 after it."""
+  if jnp.ndim(steps):
+    step, steps = step[:, None], jnp.maximum(steps, 1)
+  return jnp.minimum(step / steps, 1)
+
+
+def guidance(name: Guidance, scale: Float[Array, ''] | float, progress: Float[Array, 't *b'], *,
              power: Float[Array, ''] | float = 1.0, start: Float[Array, ''] | float = 0.0,
-             stop: Float[Array, ''] | float = 1.0) -> Float[Array, 't']:
+             stop: Float[Array, ''] | float = 1.0) -> Float[Array, 't *b']:
   """The scale s_i of every step, for u + s (c - u): 1 is conditional, 0 unconditional.
 
   'linear' is 1 + (s - 1) i/T (TiTok's and MaskBit's 4.5 is 5.5 here: they write (1 + w) c - w u);
@@ -305,10 +312,11 @@ def guidance(name: Guidance, scale: Float[Array, ''] | float, steps: int, *,
 
   Args:
     scale: s, may be traced, as may all floats here.
+    progress: i/T, the share of the steps that is over.
   """
-  progress = jnp.arange(steps) / steps
+  progress = jnp.asarray(progress)
   if name == 'constant':
-    shape = jnp.ones(steps)
+    shape = jnp.ones_like(progress)
   elif name == 'linear':
     shape = progress
   elif name == 'power_cosine':

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from smalti.generators.bodies import check_modulated
 from smalti.generators.masked import Masked, MaskedConfig
 from smalti.networks.layers import Embedding, constrain
 from smalti.networks.transformer import TransformerConfig
@@ -57,8 +58,8 @@ class MaskedUNet(Masked):
 
   def _network(self, config: MaskedUNetConfig, rngs: nnx.Rngs) -> None:
     body, dtype = config.transformer, config.dtype
-    if body is not None and body.modulated and not config.classes:
-      raise ValueError('modulated=True needs classes > 0: the label is what modulates.')
+    if body is not None:
+      check_modulated(body, config.classes)
     self.token = self._input(config.width, dtype, rngs)
     self.label = Embedding(  # the last row is the null label
         config.classes + 1, config.width, rngs=rngs) if config.classes else None

@@ -7,7 +7,7 @@ them serves any model.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from smalti.generators import logits as processing, schedules
 from smalti.generators.generator import DrawSettings, GuidanceSettings, fold, rank, settings
 
+Count = TypeVar('Count', int, Array)
 TOKEN, CHOICE, ORDER, AGAIN, CONTEXT = range(5)  # purposes folded into a sample's keys
 
 
@@ -36,7 +37,7 @@ class UnmaskingSettings(DrawSettings, GuidanceSettings):
       (TiTok, MaskBit: 'arccos').
     grid: of 'ancestral' and 'remdm'; 'cosine' is MD4's best for images.
     anneal: the temperature is multiplied by 0.5 + 0.8 (1 - r) at the end of a share r of the steps
-      (TiTok; an option of MaskBit's code).
+      (TiTok; an option of MaskBit's code), of a row's own where the sampler takes one per code.
     choice_temperature: of 'maskgit' and 'confidence', Gumbel noise on the confidence, annealed to 0
       (MaskGIT's code: 4.5; GenMol's randomness: 0.5 from nothing, 1.2 to 3 around fragments).
     noise: of 'maskgit', what the noise is added to: 'choice', the log-probability of a draw, or
@@ -76,8 +77,8 @@ class MaskedSettings(UnmaskingSettings):
   trace: bool = False
 
 
-def passes(settings: UnmaskingSettings, length: int) -> int:
-  """Steps that the sampler takes over so many positions.
+def passes(settings: UnmaskingSettings, length: Count) -> Count | int:
+  """Steps that the sampler takes over so many positions; of each row's, where it needs as many.
 
   Raises:
     ValueError: there are none.
@@ -104,11 +105,11 @@ def plan(settings: UnmaskingSettings, keys: Array, unknown: Bool[Array, 'b n'],
   if settings.noise not in ('choice', 'both'):
     raise ValueError(f'noise={settings.noise!r} is not one of choice, both.')
   total, length = unknown.sum(-1), unknown.shape[1]
-  steps = passes(settings, length)
+  steps, own = passes(settings, length), passes(settings, total)
   step = jnp.arange(steps)
   plan, order = {'step': step}, None
   if settings.anneal:
-    plan['heat'] = 0.5 + 0.8 * (1 - (step + 1) / steps)
+    plan['heat'] = 0.5 + 0.8 * (1 - schedules.progress(step + 1, own))
   if settings.sampler == 'ancestral':
     plan['chance'] = jnp.asarray(schedules.unmasking(settings.grid, steps))
   elif settings.sampler == 'remdm' and isinstance(settings, MaskedSettings):
@@ -120,8 +121,7 @@ def plan(settings: UnmaskingSettings, keys: Array, unknown: Bool[Array, 'b n'],
   elif settings.sampler == 'confidence':
     plan['left'] = jnp.maximum(total - settings.reveal * (step[:, None] + 1), 0)
     # each row has its own number of steps; the published one is that of the longest row, 2 or more
-    last = jnp.maximum(-(-total // settings.reveal) - 1, 1)
-    plan['noise'] = settings.choice_temperature * jnp.maximum(1 - step[:, None] / last, 0)
+    plan['noise'] = settings.choice_temperature * (1 - schedules.progress(step, own - 1))
   elif settings.sampler == 'first_hitting':
     plan['left'] = jnp.maximum(total - 1 - step[:, None], 0)
     order = jax.vmap(lambda k: jax.random.permutation(k, length))(fold(fold(keys, first), ORDER))
@@ -165,17 +165,18 @@ def reveal(settings: UnmaskingSettings, now: dict[str, Array], keys: Array,
     keys, left: of the step, and what `fated` says; without it the surest draws are kept.
   """
   warm, loud = settings.temperature * now.get('heat', 1.0), settings.noise == 'both'
-  shape = lambda scores, heat: settings.process(scores, temperature=heat)  # noqa: E731
   heat = warm * now['noise'] if loud and 'noise' in now else warm
-  shaped = (jax.vmap(shape) if jnp.ndim(heat) else shape)(scores, heat)  # rows may have their own
+  by_row = jax.vmap(processing.heat) if jnp.ndim(heat) else processing.heat
+  heated = by_row(scores, heat)
+  shaped = settings.process(heated, temperature=1.0)
   # known and revealed tokens are never touched
   tokens = jnp.where(masked, processing.draw(shaped, fold(keys, TOKEN)), tokens)
   if left is not None:
     return tokens, left, shaped
   if loud:
-    sure = processing.pick(scores, tokens) / jnp.where(warm > 0, warm, 1.0)
-  else:  # at temperature 0 every drawn token has probability 1: fall back on the raw one
-    sure = processing.log_prob(jnp.where(settings.temperature > 0, shaped, scores), tokens)
+    sure = processing.pick(scores, tokens) / jnp.where(warm > 0, warm, 1.0)[..., None]
+  else:  # among all codes: where truncation or temperature 0 leave one, it has probability 1
+    sure = processing.log_prob(jnp.where(settings.temperature > 0, heated, scores), tokens)
   noise = _each(keys, CHOICE, masked.shape, jax.random.gumbel, mode='high')
   place = rank(jnp.where(masked, sure + now['noise'][..., None] * noise, jnp.inf))
   return tokens, masked & (place < now['left'][:, None]), shaped
@@ -203,7 +204,7 @@ def unmask(predict: Callable[..., Array], settings: MaskedSettings, plan: dict[s
     def draw(tokens, surety):
       scores = predict(tokens, masked, now)
       tokens, after, shaped = reveal(settings, now, draws, scores, tokens, masked, left)
-      if surety is not None:  # of every token, when it was drawn
+      if surety is not None:  # of every token, in the law that it was drawn from
         surety = jnp.where(masked, jnp.exp(processing.log_prob(shaped, tokens)), surety)
       return tokens, after, surety
 

@@ -1,6 +1,7 @@
 """Golden sets of the processors (generators.md 10.1), and laws of the one categorical draw."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import pytest
 from scipy import stats
 
 from smalti.generators import logits as ids
-from smalti.generators.generator import example_keys
+from smalti.generators.autoregressive import AutoregressiveSettings
+from smalti.generators.binary import BinarySettings
+from smalti.generators.generator import DrawSettings, example_keys
 
 P = np.array([0.5, 0.2, 0.15, 0.1, 0.05], np.float32)
 LOGITS = jnp.log(P)
@@ -129,6 +132,16 @@ def test_greedy_settings_equal_argmax(key):
   for settings in (dict(top_k=1), dict(temperature=0.0), dict(top_p=0.0), dict(min_p=1.0)):
     np.testing.assert_array_equal(
         ids.draw(ids.process(logits, **settings), keys(32)), jnp.argmax(logits, -1))
+
+
+@pytest.mark.parametrize('kind, name, value', [
+    (DrawSettings, 'temperature', -1.0), (DrawSettings, 'temperature', math.nan),
+    (DrawSettings, 'min_p', -0.1), (DrawSettings, 'top_p', 90.0), (DrawSettings, 'typical', 1.5),
+    (AutoregressiveSettings, 'top_p', -1.0), (AutoregressiveSettings, 'repetition', 0.0),
+    (BinarySettings, 'temperature', -0.5)])
+def test_settings_beyond_their_range_are_refused(kind, name, value):
+  with pytest.raises(ValueError, match=f'{name}={value} must be'):
+    kind(**{name: value})
 
 
 def test_no_processor_leaves_a_row_empty(key):

@@ -209,3 +209,8 @@ def test_what_cannot_be_permuted_is_refused():
       layers=1, width=8, heads=2)).build(SPEC, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match='train it with anneal'):
     sample(plain, 2, order='random')
+  nested = TokenSpec(grid=(3,), vocab=(4,), order='nested', budgets=(1, 2, 3))
+  model = AutoregressiveConfig(**options).build(nested, rngs=nnx.Rngs(0))
+  last = jnp.broadcast_to(jnp.arange(3)[:, None] == 2, (2, 3, 1))
+  with pytest.raises(ValueError, match='keep=2 with known codes'):  # it would draw one of two
+    sample(model, 2, known=jnp.zeros((2, 3, 1), jnp.int32), known_mask=last, keep=2)

@@ -127,20 +127,23 @@ def test_ancestral_grids():
       assert chance[-1] == 1.0
 
 
+def guidance(name, scale, steps, **options):
+  return schedules.guidance(name, scale, schedules.progress(jnp.arange(steps), steps), **options)
+
+
 def test_guidance_schedules():
-  np.testing.assert_allclose(schedules.guidance('constant', 3.0, 4), (3, 3, 3, 3))
-  np.testing.assert_allclose(schedules.guidance('linear', 5.0, 4), (1, 2, 3, 4))
+  np.testing.assert_allclose(guidance('constant', 3.0, 4), (3, 3, 3, 3))
+  np.testing.assert_allclose(guidance('linear', 5.0, 4), (1, 2, 3, 4))
   np.testing.assert_allclose(
-      schedules.guidance('power_cosine', 3.0, 4), (1, 1.29289322, 2, 2.70710678), rtol=1e-6)
-  np.testing.assert_allclose(schedules.guidance('power_cosine', 3.0, 4, power=0.0), (3, 3, 3, 3))
-  np.testing.assert_allclose(
-      schedules.guidance('interval', 3.0, 4, start=0.25, stop=0.75), (1, 3, 3, 1))
+      guidance('power_cosine', 3.0, 4), (1, 1.29289322, 2, 2.70710678), rtol=1e-6)
+  np.testing.assert_allclose(guidance('power_cosine', 3.0, 4, power=0.0), (3, 3, 3, 3))
+  np.testing.assert_allclose(guidance('interval', 3.0, 4, start=0.25, stop=0.75), (1, 3, 3, 1))
   for name in ('constant', 'linear', 'power_cosine', 'interval'):
-    np.testing.assert_array_equal(schedules.guidance(name, 1.0, 5), np.ones(5))
-    one = schedules.guidance(name, 2.5, 1)  # i / (T - 1) would be NaN here
+    np.testing.assert_array_equal(guidance(name, 1.0, 5), np.ones(5))
+    one = guidance(name, 2.5, 1)  # i / (T - 1) would be NaN here
     assert np.all(np.isfinite(one))
-    traced = jax.jit(lambda s, p, name=name: schedules.guidance(name, s, 6, power=p))(2.5, 2.0)
-    np.testing.assert_allclose(traced, schedules.guidance(name, 2.5, 6, power=2.0), rtol=1e-6)
+    traced = jax.jit(lambda s, p, name=name: guidance(name, s, 6, power=p))(2.5, 2.0)
+    np.testing.assert_allclose(traced, guidance(name, 2.5, 6, power=2.0), rtol=1e-6)
 
 
 def test_unknown_names_are_refused():
@@ -149,6 +152,6 @@ def test_unknown_names_are_refused():
   with pytest.raises(ValueError, match='arccos'):
     schedules.ratio('sine', np.ones(2))
   with pytest.raises(ValueError, match='power_cosine'):
-    schedules.guidance('ramp', 2.0, 4)
+    guidance('ramp', 2.0, 4)
   with pytest.raises(ValueError, match='at least 1'):
     schedules.remaining('cosine', 0, jnp.array(4))

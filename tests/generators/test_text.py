@@ -283,7 +283,7 @@ BODY = TransformerConfig(layers=1, width=WIDTH, heads=2)
     (lambda: build('memory').loss({'tokens': codes(4)}, step=0, key=jax.random.key(0)),
      'an entry `text`'),
     (lambda: sample(build('memory'), 4, {'label': jnp.zeros(4, int)}), 'reads text, text_mask'),
-    (lambda: build('memory').advance(None, None, jnp.zeros(4, int), 0), 'not kept with compressed'),
+    (lambda: build('memory').advance(None, None, jnp.zeros(4, int), 0), '`advance` has no place'),
     (lambda: BODY and build('memory').transformer(jnp.zeros((1, 2, 32)), positions=jnp.zeros(
         (2, 2), int)), 'A memory of width 0')])
 def test_what_cannot_work_is_refused(attempt, message, unchecked):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from smalti.generators import logits as processing
 from smalti.generators.generator import example_keys, generate
 from smalti.generators.masked import MaskedConfig, MaskedSettings
 from smalti.generators.tabular import conditionals
@@ -70,6 +71,51 @@ def test_confidence_reveals_as_many_as_it_says_in_every_row():
   one = plan(MaskedSettings(sampler='confidence'), example_keys(0, jnp.arange(1)),
              jnp.ones((1, 1), bool), (1,))[0]['noise']
   assert np.isfinite(one).all()  # k / (steps - 1) would not be
+
+
+@pytest.mark.parametrize('sampler', ['maskgit', 'confidence'])
+@pytest.mark.parametrize('kept', [{'temperature': 0.}, {'top_k': 1}, {'top_p': .3}, {'min_p': 1.}])
+def test_the_surest_come_first_also_where_one_code_is_left(sampler, kept):
+  sure = functools.reduce(np.multiply.outer, [[p, 1 - p] for p in (.7, .95, .6)])
+  _, states, _ = sample(sure, 2, sampler=sampler, steps=3, choice_temperature=0., trace=True,
+                        ratio='arccos', **kept)
+  masked = np.asarray(states)[:, 0] < 0
+  np.testing.assert_array_equal(masked[0], [True, False, True])
+  np.testing.assert_array_equal(masked[1], [False, False, True])
+
+
+@pytest.mark.parametrize('sampler', ['confidence', 'first_hitting'])
+def test_heat_and_guidance_run_over_the_steps_of_each_row(sampler, monkeypatch):
+  """Where a code takes a step; a row is over with its last unknown one."""
+  unknown = np.arange(6) < np.array([6, 3, 1, 0])[:, None]
+  settings = MaskedSettings(sampler=sampler, anneal=True, guidance=4., guidance_schedule='linear')
+  keys = example_keys(0, jnp.arange(4))
+  heat = np.asarray(plan(settings, keys, jnp.asarray(unknown), (6,))[0]['heat'])
+  np.testing.assert_allclose(heat[:, 0], .5 + .8 * (1 - np.arange(1, 7) / 6), rtol=1e-6)
+  np.testing.assert_allclose(heat[:3, 1], .5 + .8 * (1 - np.arange(1, 4) / 3), rtol=1e-6)
+  np.testing.assert_allclose(heat[0, 2:], .5, rtol=1e-6)
+  model, scales = MaskedConfig(classes=2, transformer=TransformerConfig(
+      layers=1, width=8, heads=1)).build(TokenSpec(grid=(6,), vocab=(2,)), rngs=nnx.Rngs(0)), []
+
+  def note(both, scale):
+    jax.debug.callback(lambda x: scales.append(np.asarray(x)), scale, ordered=True)
+    return both[::2]
+
+  monkeypatch.setattr(processing, 'guide_pairs', note)
+  jax.block_until_ready(model.sample(
+      {'label': jnp.zeros(4, jnp.int32)}, keys=keys, settings=settings,
+      known=jnp.zeros((4, 6, 1), jnp.int32), known_mask=~jnp.asarray(unknown)[..., None]).tokens)
+  found = np.array(scales)
+  np.testing.assert_allclose(found[:, 0], 1 + 3 * np.arange(6) / 6, rtol=1e-6)
+  np.testing.assert_allclose(found[:3, 1], (1, 2, 3), rtol=1e-6)
+
+
+def test_rows_are_guided_by_scales_of_their_own():
+  c, u = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
+  both = processing.pair(jnp.asarray(c), jnp.asarray(u))
+  scale = np.array([0., 1., 3.], np.float32)
+  found = processing.guide_pairs(both, jnp.asarray(scale))
+  np.testing.assert_allclose(found, u + scale[:, None, None] * (c - u), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('sampler', ['maskgit', 'confidence', 'halton', 'ancestral'])
