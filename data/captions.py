@@ -125,7 +125,8 @@ def choose(digits: Int[np.ndarray, 'b 4'], half: Int[np.ndarray, 'b'],
   # mostly a digit that is there
   asked = np.where(coin(8, 8) > 0, digits[np.arange(len(digits)), coin(16, 4)], coin(24, 10))
   other = coin(40, 8)
-  other = np.where((other == 7) & ~said.any(1), 2, other)  # 7 says no more: not without corners
+  # 5 and more say no more; without corners 7 asks for a count instead
+  other = np.where((other == 7) & ~said.any(1), 2, other)
   count = (digits == asked[:, None]).sum(1)
   ink = (coin(48, 4) == 0) & (half >= 0)
   columns = [*np.where(said, digits, -1).T, np.where(other < 3, asked, -1),

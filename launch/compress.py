@@ -15,7 +15,6 @@ import hashlib
 import json
 import lzma
 import pathlib
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +25,11 @@ from scipy import special
 
 import smalti
 from smalti.data.tokens import TokensSource
+from smalti.evaluation.archive import Archive
 from smalti.evaluation.files import whole
 from smalti.generators.autoregressive import Autoregressive
 from smalti.generators.coding import Decoder, Encoder, frequencies
+from smalti.generators.generator import check_null
 from smalti.launch import cli, provenance, run as runs, state as states
 from smalti.launch.progress import say, track
 from smalti.tokenizers.spec import TokenSpec
@@ -45,26 +46,30 @@ def compress(loaded: runs.Loaded, tokens: np.ndarray, labels: np.ndarray | None 
   """A file with tokens int32[n, N, D], and labels int32[n] where there are any.
 
   Raises:
-    ValueError: a generator that says no probabilities code by code, or tokens that are not its.
+    ValueError: a generator that says no probabilities code by code, tokens that are not its, or no
+      labels for one that was always told them.
   """
   model, spec = _model(loaded), loaded.spec
-  tokens = np.asarray(tokens)
+  tokens = _integers('tokens', tokens)
   if tokens.ndim != 3 or tokens.shape[1:] != (spec.length, spec.depth) or (
       tokens.size and not ((tokens >= 0) & (tokens < np.array(spec.vocab))).all()):
     raise ValueError(f'tokens of shape {tokens.shape} are not of this generator: it has '
                      f'{spec.length} x {spec.depth} codes with alphabets {spec.vocab}.')
-  flat = np.asarray(spec.to('flat', tokens.astype(np.int32)))[..., 0]
+  tokens = tokens.astype(np.int32)
+  flat = np.asarray(spec.to('flat', tokens))[..., 0]
   if not np.array_equal(np.asarray(spec.canonical(tokens)), tokens):
     raise ValueError('tokens go on after their EOS; what follows it must repeat it.')
   null = model.classes
   if labels is None:
+    check_null(model, 'give an .npz with labels in `arr_1`, or a folder of tokens with labels')
     rows = np.full(len(flat), null, np.int32)
   else:
-    rows = np.asarray(labels, np.int32)
+    rows = _integers('labels', labels)
     if rows.shape != (len(flat),) or not null or (len(rows) and not (
         (rows >= 0) & (rows < null)).all()):
       raise ValueError(f'labels of shape {rows.shape} do not fit {len(flat)} sequences of a '
                        f'generator with classes={null}.')
+    rows = rows.astype(np.int32)
   encoder = Encoder()
 
   def choose(counts, at):
@@ -217,7 +222,18 @@ def _model(loaded: runs.Loaded) -> Autoregressive:
   if not isinstance(loaded.model, Autoregressive):
     raise ValueError(f'{loaded.path} is a {runs.kind(loaded.model)}, which does not say how likely '
                      'each code is given those before; compress with an autoregressive generator.')
+  if loaded.model.text is not None:
+    raise ValueError(f'{loaded.path} reads text, which is not kept with compressed codes; compress '
+                     'with a generator of labels, or without a condition.')
   return loaded.model
+
+
+def _integers(name: str, values: np.ndarray) -> np.ndarray:
+  """An array as it is; of floats a cast would make other codes, without a word."""
+  values = np.asarray(values)
+  if values.dtype.kind not in 'iu':
+    raise ValueError(f'{name} of dtype {values.dtype} must be integers; write them as int32.')
+  return values
 
 
 def _check(*arrays: np.ndarray) -> str:
@@ -228,22 +244,16 @@ def read_tokens(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
   """Tokens and labels of an .npz or a token folder.
 
   Raises:
-    ValueError: neither is there.
+    FileNotFoundError: nothing is there.
+    ValueError: what is there is neither, or is damaged.
   """
   if path.is_dir():
     source = TokensSource(path)
     rows = source.read(np.arange(len(source)))
     return np.asarray(rows['tokens']), rows.get('label')
-  try:
-    found = np.load(path)
-  except (zipfile.BadZipFile, EOFError, ValueError) as error:
-    raise ValueError(f'{path} is no .npz.') from error
-  if not isinstance(found, np.lib.npyio.NpzFile):
-    raise ValueError(f'{path} is one array; give an .npz with `tokens`.')
-  with found as file:
-    if 'tokens' not in file:
-      raise ValueError(f'{path} has no tokens; it holds {", ".join(file)}.')
-    return file['tokens'], file['arr_1'] if 'arr_1' in file else None
+  remedy = 'give an .npz with `tokens`, or a folder of `smalti tokenize`'
+  with Archive(path, 'tokens', remedy) as archive:
+    return archive.read('tokens'), archive.read('arr_1') if 'arr_1' in archive.names else None
 
 
 def define(values: Any) -> None:
@@ -267,6 +277,7 @@ def main(values: Any) -> int:
   if not getattr(loaded.model, 'classes', 0):
     labels = None
   data = compress(loaded, tokens, labels, batch=values.batch_size)
+  tokens, labels = (x if x is None else x.astype(np.int32) for x in (tokens, labels))  # in range
   out = pathlib.Path(values.out)
   with whole(out) as file:
     file.write(data)

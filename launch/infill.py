@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int
 
 from smalti.evaluation import agreement
 from smalti.evaluation.subset import subset
-from smalti.generators.generator import example_keys, generate
+from smalti.generators.generator import check_null, example_keys, generate
 from smalti.launch import (
     cli,
     evaluate,
@@ -114,6 +114,11 @@ def blanked(spec: TokenSpec, images: np.ndarray, mask: np.ndarray) -> np.ndarray
   return np.where(there[..., None], images, 128).astype(np.uint8)
 
 
+def others(x: np.ndarray) -> np.ndarray:
+  """Rows of another example each: of the one that is half of them further on."""
+  return np.roll(x, (len(x) + 1) // 2, 0)
+
+
 def agreements(data: Any, folder: pathlib.Path, labels: np.ndarray,
                sets: dict[str, np.ndarray]) -> dict[str, float] | None:
   """The share of each set of images that a fixed classifier puts into their class.
@@ -167,6 +172,8 @@ def main(values: Any) -> int:
   if not hasattr(generator.model, 'sample'):
     raise ValueError(f'{values.workdir} is a {runs.kind(generator.model)}; infill with a '
                      'generator.')
+  if not values.conditional:
+    check_null(generator.model, 'tell it the classes, where it has some, with --conditional')
   data, tokenizer = generator.data, runs.load_tokenizer(generator, values.tokenizer)
   settings = _whole(sampling.resolve_settings(generator, values.settings), values.conditional)
   data = runs.pixels(data, tokenizer)
@@ -200,9 +207,10 @@ def main(values: Any) -> int:
       f'{"the draw is" if exact.all() else "the draw is not"} from the model\'s own conditional')
   folder = runs.split_reference(values.workdir)[0]
   if classes is not None:
-    other = np.where(mask, tokens, np.roll(tokens, len(tokens) // 2 + 1, 0))
-    item['agreement'] = agreements(data, folder, classes, {
-        'completed': completed[0], 'true': true, 'another': show(other)})
+    sets = {'completed': completed[0], 'true': true}
+    if len(tokens) > 1:  # of one example there is no other
+      sets['another'] = show(np.where(mask, tokens, others(tokens)))
+    item['agreement'] = agreements(data, folder, classes, sets)
     if item['agreement']:
       say('class read off: ' + ', '.join(f'{name} {value:.3f}'
                                          for name, value in item['agreement'].items()))

@@ -21,7 +21,7 @@ from flax import nnx
 
 from smalti.evaluation import features, probes
 from smalti.evaluation.probes import Probe, Split
-from smalti.generators.generator import example_keys
+from smalti.generators.generator import check_null, example_keys
 from smalti.launch import cli, provenance, run as runs, state as states, trees
 from smalti.launch.progress import say, track
 from smalti.launch.serialization import to_json
@@ -72,6 +72,7 @@ class Network:
       if not hasattr(loaded.model, 'hidden'):
         raise ValueError(f'{type(loaded.model).__name__} does not show its hidden states; probe '
                          'its tokenizer, or a masked or autoregressive generator.')
+      check_null(loaded.model, 'probe its tokenizer')
       depth = loaded.model.transformer.layers
       blocks = blocks or tuple(sorted({math.ceil(depth * part / 4) for part in (1, 2, 3, 4)}))
       self._models = loaded.model, codec.model

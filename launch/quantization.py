@@ -135,6 +135,9 @@ def main(values: Any) -> int:
   if not isinstance(loaded.model, Autoregressive):
     raise ValueError(f'{values.workdir} is a {runs.kind(loaded.model)}, which keeps no cache; name '
                      'the run of an autoregressive generator.')
+  if loaded.model.text is not None:
+    raise ValueError(f'{values.workdir} reads text, which has no place where codes are scored one '
+                     'by one; name the run of a generator of labels, or without a condition.')
   data, codec = loaded.data, runs.load_tokenizer(loaded, values.tokenizer)
   source = runs.pixels(data, codec).open('eval')
   rows = source.read(subset(len(source), values.n))

@@ -1,5 +1,6 @@
 """Compressed tokens: every sequence comes back, at the price of its own log-probability."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -14,6 +15,7 @@ from flax import nnx
 from smalti.generators.autoregressive import AutoregressiveConfig, AutoregressiveSettings
 from smalti.generators.generator import example_keys, generate
 from smalti.generators.masked import MaskedConfig
+from smalti.generators.text import TextConfig
 from smalti.launch import cli, compress as codec, provenance, run as runs
 from smalti.networks.transformer import TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
@@ -134,6 +136,61 @@ def test_another_generator_is_refused():
     codec.compress(loaded('deep'), tokens)
   with pytest.raises(ValueError, match='after their EOS'):
     codec.compress(loaded('ends'), np.array([[[5], *[[1]] * 8]]))
+  text = AutoregressiveConfig(transformer=BODY, text=TextConfig(length=4, width=16))
+  reader = dataclasses.replace(
+      loaded('ends'), model=text.build(SPECS['ends'], rngs=nnx.Rngs(0)), config=text)
+  for attempt in (codec.compress, codec.likelihood):
+    with pytest.raises(ValueError, match='not kept with compressed codes'):
+      attempt(reader, tokens)
+
+
+def test_labels_go_with_a_generator_that_was_always_told_them():
+  tokens, labels = drawn('ends', 300)
+  config = dataclasses.replace(loaded('ends').config, label_dropout=0.0)
+  told = dataclasses.replace(loaded('ends'), model=config.build(SPECS['ends'], rngs=nnx.Rngs(0)))
+  with pytest.raises(ValueError, match='label_dropout=0 never trains .* give an .npz with labels'):
+    codec.compress(told, tokens[:5])
+  found = codec.decompress(told, codec.compress(told, tokens[:5], labels[:5]))
+  np.testing.assert_array_equal(found[0], tokens[:5])
+  unlabelled = dataclasses.replace(config, classes=0).build(SPECS['ends'], rngs=nnx.Rngs(0))
+  never = dataclasses.replace(told, model=unlabelled)
+  np.testing.assert_array_equal(
+      codec.decompress(never, codec.compress(never, tokens[:5]))[0], tokens[:5])
+
+
+@pytest.mark.parametrize('dtype', [np.float32, bool, 'm8[s]', object])
+def test_only_integers_are_codes(tmp_path, monkeypatch, capsys, dtype):
+  monkeypatch.setattr(runs, 'load', lambda reference: loaded('ends'))
+  tokens, labels = drawn('ends', 300)
+  ones = np.ones_like(tokens[:3]).astype(dtype)
+  with pytest.raises(ValueError, match='tokens of dtype .* write them as int32'):
+    codec.compress(loaded('ends'), ones)
+  with pytest.raises(ValueError, match='labels of dtype'):
+    codec.compress(loaded('ends'), tokens[:3], labels[:3].astype(dtype))
+  np.savez(tmp_path / 'tokens.npz', tokens=ones)
+  assert cli.main(['compress', '--workdir=w', f'--tokens={tmp_path}/tokens.npz',
+                   f'--out={tmp_path}/file.smtc']) == 2
+  [line] = capsys.readouterr().err.strip().splitlines()
+  assert 'must be integers' in line or 'holds object' in line
+  assert [path.name for path in tmp_path.iterdir()] == ['tokens.npz']
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.int64, np.uint64, '>i4'])
+def test_any_integers_are_codes(tmp_path, monkeypatch, dtype):
+  monkeypatch.setattr(runs, 'load', lambda reference: loaded('ends'))
+  tokens, labels = drawn('ends', 300)
+  np.savez(tmp_path / 'tokens.npz', tokens=tokens[:3].astype(dtype), arr_1=labels[:3].astype(dtype))
+  assert cli.main(['compress', '--workdir=w', f'--tokens={tmp_path}/tokens.npz',
+                   f'--out={tmp_path}/file.smtc', f'--results={tmp_path}/sizes.json']) == 0
+  found = codec.decompress(loaded('ends'), (tmp_path / 'file.smtc').read_bytes())
+  np.testing.assert_array_equal(found[0], tokens[:3])
+  np.testing.assert_array_equal(found[1], labels[:3])
+
+
+def test_a_label_of_64_bits_is_not_cut():
+  tokens, _ = drawn('ends', 300)
+  with pytest.raises(ValueError, match='do not fit'):
+    codec.compress(loaded('ends'), tokens[:1], np.array([1 << 32]))
 
 
 def test_probabilities_of_a_parallel_pass_lose_the_message(monkeypatch):
@@ -180,15 +237,34 @@ def test_commands_write_what_sample_writes(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('name, content, message', [
-    ('bytes.npz', b'not an archive', 'is no .npz'), ('empty.npz', b'', 'is no .npz'),
-    ('array.npy', None, 'is one array'), ('others.npz', None, 'has no tokens; it holds x')])
-def test_files_without_tokens_are_refused(tmp_path, name, content, message):
+    ('bytes.npz', b'not an archive', 'not a zip'), ('empty.npz', b'', 'not a zip'),
+    ('missing.npz', None, 'is no file'), ('array.npy', np.zeros(3), 'not a zip'),
+    ('others.npz', {'x': np.zeros(3)}, 'it has no tokens, only x'),
+    ('objects.npz', {'tokens': np.full(3, None)}, 'holds object')])
+def test_files_without_tokens_are_refused_in_one_line(
+    tmp_path, monkeypatch, capsys, name, content, message):
+  monkeypatch.setattr(runs, 'load', lambda reference: loaded('ends'))
   path = tmp_path / name
-  if content is not None:
+  if isinstance(content, bytes):
     path.write_bytes(content)
-  elif path.suffix == '.npy':
-    np.save(path, np.zeros(3))
-  else:
-    np.savez(path, x=np.zeros(3))
-  with pytest.raises(ValueError, match=message):
-    codec.read_tokens(path)
+  elif isinstance(content, dict):
+    np.savez(path, **content)
+  elif content is not None:
+    np.save(path, content)
+  assert cli.main(['compress', '--workdir=w', f'--tokens={path}', f'--out={tmp_path}/x.smtc']) == 2
+  [line] = capsys.readouterr().err.strip().splitlines()
+  assert message in line and 'give an .npz with `tokens`' in line
+  assert not (tmp_path / 'x.smtc').exists()
+
+
+def test_a_flipped_byte_of_the_tokens_is_noticed(tmp_path):
+  tokens, labels = drawn('ends', 300)
+  path = tmp_path / 'tokens.npz'
+  np.savez(path, tokens=tokens[:3], arr_1=labels[:3])
+  data = path.read_bytes()
+  for array in (tokens[:3], labels[:3]):
+    start = data.index(array.astype('<i4').tobytes())
+    for i in range(start, start + array.nbytes):
+      path.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1:])
+      with pytest.raises(ValueError, match='holds no tokens'):
+        codec.read_tokens(path)

@@ -105,6 +105,19 @@ def test_all_that_is_hidden_is_drawn_and_guided_only_by_a_condition():
   assert infill._whole(asked, False) == AutoregressiveSettings(temperature=0.5)
 
 
+@pytest.mark.parametrize('n', [2, 3, 4, 5, 64])
+def test_another_example_is_never_the_same(n):
+  found = infill.others(np.arange(n))
+  assert sorted(found) == list(range(n)) and (found != np.arange(n)).all()
+
+
+def test_one_example_has_no_other(generator, capfd, tmp_path):
+  assert cli.main(['infill', f'--workdir={generator}', '--n=1', '--draws=1', '--share=0.25',
+                   f'--results={tmp_path}/infilling.json']) == 0
+  item = provenance.load(tmp_path / 'infilling.json')['results']['infilling']
+  assert set(item['agreement']) == {'completed', 'true'}
+
+
 def test_help_lists_the_settings_of_a_run(generator, capfd):
   for verb in ('sample', 'sweep'):
     assert cli.main([verb, f'--workdir={generator}', '--help']) == 0
@@ -126,6 +139,25 @@ def test_known_tokens_that_change_are_an_error_of_ours(generator, monkeypatch):
   settings = loaded.model.settings(temperature=3.0)
   with pytest.raises(RuntimeError, match='known token'):
     infill.complete(loaded, tokens, mask, None, settings=settings, seed=0)
+
+
+@pytest.mark.parametrize('verb, remedy', [
+    ('infill', 'with --conditional'), ('probe', 'probe its tokenizer')])
+def test_a_generator_that_was_always_told_the_class_is_told_it(
+    generator, capfd, monkeypatch, verb, remedy):
+  from smalti.launch import run as runs
+  load = runs.load
+
+  def told(*arguments, **options):
+    loaded = load(*arguments, **options)
+    if hasattr(loaded.model, 'label_dropout'):
+      loaded.model.label_dropout = 0.0
+    return loaded
+
+  monkeypatch.setattr(runs, 'load', told)
+  assert cli.main([verb, f'--workdir={generator}']) == 2
+  line = capfd.readouterr().err.strip().splitlines()[-1]
+  assert 'label_dropout=0 never trains the null condition' in line and remedy in line
 
 
 def test_refusals_are_one_line(generator, capfd):

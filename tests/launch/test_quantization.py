@@ -1,5 +1,6 @@
 """What int8 costs is measured against the model as trained, on every sequence once."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from smalti.generators.autoregressive import AutoregressiveConfig
+from smalti.generators.text import TextConfig
 from smalti.launch import quantization, run as runs
 from smalti.networks.transformer import TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
@@ -84,4 +86,17 @@ def test_what_has_no_cache_is_refused(tmp_path):
   quantization.define(values)
   values(['quantization'])
   with pytest.raises(ValueError, match='--workdir=RUN'):
+    quantization.main(values)
+
+
+def test_text_is_refused_before_anything_is_measured(monkeypatch):
+  from absl import flags
+  values = flags.FlagValues()
+  quantization.define(values)
+  values(['quantization', '--workdir=captions'])
+  config = dataclasses.replace(CONFIG, text=TextConfig(length=4, width=32))
+  model = config.build(SPEC, rngs=nnx.Rngs(0))
+  monkeypatch.setattr(runs, 'load', lambda reference: runs.Loaded(
+      model, config, {}, SPEC, '', None, 0, pathlib.Path('captions'), 'raw'))
+  with pytest.raises(ValueError, match='captions reads text'):
     quantization.main(values)

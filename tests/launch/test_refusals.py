@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smalti.launch import cli, trees
+from smalti.launch import cli, sample, trees
 from smalti.launch.train import Job, train
 
 DEBUG = ['--config.mesh.data=1']
@@ -96,6 +96,12 @@ def test_an_unknown_checkpoint_format(capfd, tokenizer, tmp_path):
 def test_a_verb_on_the_wrong_thing(capfd, tokenizer, verb, word):
   extra = {'reconstruct': ['--n=0'], 'evaluate': ['--n=1']}.get(verb, [])
   assert word in refused(capfd, verb, f'--workdir={tokenizer}', *extra)
+
+
+@pytest.mark.parametrize('labels', [[], [''], ['3', '\u00b2'], ['10'], ['-1']])
+def test_labels_that_are_no_classes(labels):
+  with pytest.raises(ValueError, match='must be integers in 0..9'):
+    sample._labels(labels, 4, 10)
 
 
 def test_a_run_that_is_not_there(capfd, tmp_path):
