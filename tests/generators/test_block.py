@@ -560,7 +560,7 @@ def test_refusals_say_why():
   for sampler in ('halton', 'remdm'):
     with pytest.raises(ValueError, match='not one of first_hitting'):
       model.sample(None, keys=keys, settings=BlockDiffusionSettings(sampler=sampler))
-  with pytest.raises(ValueError, match='12 codes'):
+  with pytest.raises(ValueError, match='12 positions'):
     make(config(block_size=13), TokenSpec(grid=(13,), vocab=(2,))).elbo(
         {'tokens': jnp.zeros((1, 13, 1), jnp.int32)}, mode='enumerate')
   with pytest.raises(ValueError, match='key'):
