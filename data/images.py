@@ -21,7 +21,7 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-PIXELS = 2**26  # 8192 x 8192, below the 81 megapixels that Pillow opens without a word
+PIXELS = 2**26  # 8192 x 8192, below the 89 megapixels that Pillow opens without a word
 BYTES = 2**26
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF')
 Reason = Literal[

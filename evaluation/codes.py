@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int
 
+from smalti.evaluation.subset import subset
 from smalti.tokenizers.spec import TokenSpec
 
 Tokens = Int[np.ndarray, '_b _n _d']
@@ -99,17 +100,18 @@ def neighbour_bits(spec: TokenSpec, train: Tokens, held_out: Tokens) -> float:
   """Bits per token of held-out tokens by counts of (left, up): the local structure of images.
 
   p(x | left, up) = (c(left, up, x) + a p(x | left)) / (c(left, up) + a), p(x | left) likewise over
-  the add-one unigram; one table per depth, `a` the best of powers of 4 on a tenth of the training
-  rows that the counts leave out. A grid of one axis has the two codes before instead. A generator
-  that has learned more than which codes touch is below this.
+  the add-one unigram; one table per depth, `a` the best of powers of 4 on a random tenth of the
+  training rows, which the counts leave out. A grid of one axis has the two codes before instead. A
+  generator that has learned more than which codes touch is below this.
   """
   train, held_out = checked(spec, train), checked(spec, held_out)
-  cut = len(train) - max(1, len(train) // 10)
-  if cut < 1 or not len(held_out):
+  if len(train) < 2 or not len(held_out):
     raise ValueError(f'{len(train)} training and {len(held_out)} held-out rows; give at least two '
                      'and one.')
   weights = [4.0 ** i for i in range(-1, 7)]
-  best = min(weights, key=lambda a: _neighbour_nats(spec, train[:cut], train[cut:], a))
+  asked = np.zeros(len(train), bool)
+  asked[subset(len(train), max(1, len(train) // 10))] = True
+  best = min(weights, key=lambda a: _neighbour_nats(spec, train[~asked], train[asked], a))
   valid = int(np.asarray(spec.valid(held_out)).sum())
   return _neighbour_nats(spec, train, held_out, best) / np.log(2) / valid
 

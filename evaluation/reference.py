@@ -23,6 +23,7 @@ import numpy as np
 from smalti.evaluation.archive import Archive
 from smalti.evaluation.features import Extractor, Images, identity
 from smalti.evaluation.frechet import Moments
+from smalti.evaluation.subset import subset
 from smalti.evaluation.summary import Summary, summarize
 
 IMAGE = 1 << 26  # bytes of one image, at most: 4096 x 4096 in colour are 50 million
@@ -94,7 +95,7 @@ def _foreign(archive: Archive, extractor: Extractor, batch_size: int, keep: int)
     else:
       rows = np.asarray(archive.read('feats'), np.float32)
       moments, spatial = Moments.of(rows, identity(extractor)), None
-      n, rows = len(rows), rows[:keep]
+      n, rows = len(rows), rows[subset(len(rows), keep)]
   return Summary(n, identity(extractor), source, moments, spatial, rows, None, None, False)
 
 

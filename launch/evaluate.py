@@ -10,9 +10,8 @@ config (--data) or a file of statistics (--reference).
 
 import dataclasses
 import hashlib
-import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -57,10 +56,14 @@ SMALL = 4096  # values of an image that a support vector machine judges
 
 @dataclasses.dataclass
 class Split:
-  """Real examples of one split, in memory: images, labels or None, what captions say or nothing."""
+  """Real examples of one split, in memory: images, labels or None, what captions say or nothing.
+
+  `share` is how much of the split they are.
+  """
   images: np.ndarray
   labels: np.ndarray | None
   texts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  share: float = 1.0
 
   @classmethod
   def read(cls, data: Any, split: str) -> 'Split':
@@ -71,7 +74,8 @@ class Split:
       raise ValueError(f'{type(data).__name__} holds no images to compare with; '
                        'evaluate with --data=CONFIG, whose data has.')
     return cls(rows['image'], rows.get('label'),
-               {name: rows[name] for name in (*TEXT, 'claims') if name in rows})
+               {name: rows[name] for name in (*TEXT, 'claims') if name in rows},
+               len(rows['image']) / len(source))
 
   @property
   def fingerprint(self) -> str:
@@ -79,7 +83,7 @@ class Split:
 
 
 def tokenize(tokenizer: runs.Loaded, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
-  return np.concatenate([np.asarray(encoded(tokenizer, images[i:i + batch_size]))
+  return np.concatenate([np.asarray(encoded(tokenizer, images[i:i + batch_size], first=i))
                          for i in range(0, len(images), batch_size)])
 
 
@@ -120,7 +124,7 @@ def evaluate_generator(loaded: runs.Loaded, tokenizer: runs.Loaded, scores: Scor
     _add_likelihood(loaded, scores, real, (train, held_out), kind, seed=seed, settings=settings)
   copied = memorization.copies(samples.tokens, *real, getattr(settings, 'keep', None))
   scores.add('copies', copied.share, unit='share', higher=False, samples=copied.samples,
-             distinct=copied.distinct, held_out=copied.held_out_share,
+             distinct=copied.distinct, held_out=copied.held_out_share, train_share=train.share,
              reference=train.fingerprint, reference_samples=len(train.images))
 
 
@@ -194,8 +198,8 @@ def evaluate_samples(scores: Scores, judge: Judge, images: np.ndarray, labels: n
       *(features.shrink(x) for x in (images, train.images, held_out.images)))
   if np.isfinite(near.ratio):  # not where every held-out image is a training image
     scores.add('nearest_train_ratio', near.ratio, samples=len(images), distance=near.samples,
-               held_out_distance=near.held_out, zero=near.zero, reference=train.fingerprint,
-               reference_samples=len(train.images))
+               held_out_distance=near.held_out, zero=near.zero, train_share=train.share,
+               reference=train.fingerprint, reference_samples=len(train.images))
   if judged and judge.accuracy is None and images[0].size <= SMALL and labels is not None:
     found = agreement.class_agreement(
         (images, labels), (train.images, train.labels), (held_out.images, held_out.labels))
@@ -320,13 +324,22 @@ def evaluate_file(path: pathlib.Path, config: str | None, *, reference: pathlib.
     if gallery.shape != judge.shape:
       raise ValueError(f'The samples are {gallery.shape}, and the data {judge.shape}; '
                        'name data of the same size with --data=CONFIG.')
-  accumulation = accumulate(judge, gallery.batches(BATCH), gallery.n, gallery.source,
-                            gallery.labels)
+  kept, shown = subset(gallery.n, KEPT), []
+
+  def batches() -> Iterator[np.ndarray]:
+    first = 0
+    for images in gallery.batches(BATCH):
+      inside = kept[(kept >= first) & (kept < first + len(images))]
+      shown.append(images[inside - first])
+      first += len(images)
+      yield images
+
+  accumulation = accumulate(judge, batches(), gallery.n, gallery.source, gallery.labels)
   scores.add_judged(judge, accumulation.finish(), accumulation)
   if config is not None:
     train, held_out = (Split.read(data, split) for split in ('train', 'eval'))
-    images = np.concatenate(list(itertools.islice(gallery.batches(BATCH), -(-KEPT // BATCH))))
-    evaluate_samples(scores, judge, images, _first(gallery.labels, images), train, held_out)
+    labels = None if gallery.labels is None else gallery.labels[kept]
+    evaluate_samples(scores, judge, np.concatenate(shown), labels, train, held_out)
   if write:
     place = path.resolve()  # '.' has no name of its own
     out = place.with_name(f'{place.name.removesuffix(".npz")}.scores.json')

@@ -81,7 +81,10 @@ class LogConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class EvalConfig:
-  """Held-out loss of the averaged weights: every so many steps, over so many batches."""
+  """Held-out loss of the averaged weights: every so many steps, over so many batches.
+
+  Fewer batches than there are hold rows drawn at random, the same at every step and in every run.
+  """
   every: int = 500
   batches: int | None = None
 

@@ -32,9 +32,9 @@ from smalti.launch.judge import BATCH, Judge, accumulate
 from smalti.launch.reconstruct import decoded, encoded, lengths
 from smalti.launch.scores import Scores
 
-LARGEST = 10_000  # real images per split: 10^6 tokens and more describe a language
+LARGEST = 10_000  # real images per split whose tokens are counted, whatever the images' size
 ERRORS = 2_000  # held-out images that baselines and repeated encoding are measured on
-PIXELS = 1 << 25  # values of all images that the baselines are fitted on or measured on, at most
+PIXELS = 1 << 25  # values of all images in memory, for baselines and repeated encoding, at most
 ROUNDS = 3  # of decoding and encoding
 SIDES = (4, 8, 16)  # of the patches of baselines
 
@@ -50,7 +50,8 @@ def tokenizer_scores(loaded: runs.Loaded, scores: Scores, judge: Judge, data: An
     tables: the folder for the tables of the page; None writes none.
     beside: also what is beside the tokenizer's own errors and codes: baselines of as many bits,
       stability of the tokens, the tokens as a language.
-    settings, seed: of decoders that draw.
+    settings: of decoders that draw.
+    seed: of tokenizers that draw.
   """
   held_out, train = data.open('eval'), data.open('train')
   n = judge.held_out[0].n
@@ -63,7 +64,8 @@ def tokenizer_scores(loaded: runs.Loaded, scores: Scores, judge: Judge, data: An
 
     def remade(keep=keep, errors=errors, distances=distances) -> Iterator[np.ndarray]:
       for i, images in enumerate(_batches(held_out, n)):
-        found = decode(encoded(loaded, images), keep=keep, first=i * BATCH)
+        found = decode(encoded(loaded, images, first=i * BATCH, seed=seed), keep=keep,
+                       first=i * BATCH)
         errors.append(reconstruction.measure(images, found))
         if distance is not None:
           distances.append(distance(images, found))
@@ -82,12 +84,16 @@ def tokenizer_scores(loaded: runs.Loaded, scores: Scores, judge: Judge, data: An
                  samples=n, extractor=distance, reference=judge.held_out[0].source,
                  reference_samples=n)
   if not beside:
-    _add_use(scores, loaded.spec, _tokens(loaded, _take(held_out, LARGEST)))
+    _add_use(scores, loaded.spec, _tokens(loaded, held_out, seed))
     return
   rest = _take(held_out, min(ERRORS, n))
-  _add_baselines(scores, loaded, points[-1][1], _take(train, ERRORS * 5), rest, points, tables)
+  own = points[-1][1]
+  if len(rest) < n:  # PSNRs of other images have no difference
+    own = reconstruction.summarize(_errors(loaded, rest, decode, seed))
+  _add_baselines(scores, loaded, own, _take(train, ERRORS * 5), rest, points, tables)
   _add_stability(scores, loaded, rest, decode)
-  _add_codes(scores, loaded, _take(train, LARGEST), _take(held_out, LARGEST), tables)
+  _add_codes(scores, loaded.spec, loaded.fingerprint,
+             [_tokens(loaded, source, seed) for source in (train, held_out)], tables)
 
 
 def _add_errors(scores: Scores, loaded: runs.Loaded, keep: int | None,
@@ -118,7 +124,12 @@ def _add_frechet(scores: Scores, judge: Judge, keep: int | None, summaries: list
 def _add_baselines(scores: Scores, loaded: runs.Loaded, result: reconstruction.Reconstruction,
                    train: np.ndarray, images: np.ndarray, points: list,
                    tables: pathlib.Path | None) -> None:
-  """The PSNR that JPEG, principal components and k-means reach with as many bits."""
+  """The PSNR that JPEG, principal components and k-means reach with as many bits.
+
+  Args:
+    result: the tokenizer's errors on `images`, those of the baselines.
+    points: its errors on all held-out images, by budget.
+  """
   height, width = images.shape[1:3]
   sides = [side for side in SIDES if height % side == width % side == 0 and side < height]
   bits = loaded.spec.bits
@@ -127,7 +138,8 @@ def _add_baselines(scores: Scores, loaded: runs.Loaded, result: reconstruction.R
     best = max(found.at, key=lambda x: x.psnr)
     curves: dict[str, Any] = {x.curve: x.psnr for x in found.at}
     scores.add('psnr_over_baselines', result.psnr - best.psnr, unit='dB', higher=True,
-               samples=result.images, bits_per_example=bits, best=best.curve, **curves)
+               samples=result.images, bits_per_example=bits, best=best.curve,
+               tokenizer=result.psnr, **curves)
   if tables is not None:
     shares = [(keep, bits if keep is None else bits * _share(loaded.spec, keep), error)
               for keep, error in points]
@@ -165,11 +177,10 @@ def _add_stability(scores: Scores, loaded: runs.Loaded, images: np.ndarray, deco
              rounds=list(again.unchanged), of_the_first=list(again.kept), psnr_drift=again.drift)
 
 
-def _add_codes(scores: Scores, loaded: runs.Loaded, train: np.ndarray, held_out: np.ndarray,
+def _add_codes(scores: Scores, spec: Any, fingerprint: str, tokens: list[np.ndarray],
                tables: pathlib.Path | None) -> None:
-  """Use of the codes, and the tokens as a language, with both controls beside every number."""
-  spec = loaded.spec
-  tokens = [_tokens(loaded, images) for images in (train, held_out)]
+  """Use of the held-out codes, and the tokens of both splits as a language, with both controls
+  beside every number."""
   _add_use(scores, spec, tokens[1])
   found = language.report_language(spec, *tokens)
   for depth, scans in found.items():
@@ -187,7 +198,7 @@ def _add_codes(scores: Scores, loaded: runs.Loaded, train: np.ndarray, held_out:
     best = min(range(len(own['perplexity'])), key=lambda i: own['perplexity'][i])
     add('ngram_perplexity', lambda x, i=best: x['perplexity'][i], n=best + 1)
   if tables is not None:
-    _write(tables / 'language.json', {'fingerprint': loaded.fingerprint, 'depths': found})
+    _write(tables / 'language.json', {'fingerprint': fingerprint, 'depths': found})
 
 
 def _add_use(scores: Scores, spec: Any, tokens: np.ndarray) -> None:
@@ -200,9 +211,21 @@ def _add_use(scores: Scores, spec: Any, tokens: np.ndarray) -> None:
                tokens=use.tokens, vocab=use.vocab, normalized=use.normalized)
 
 
-def _tokens(loaded: runs.Loaded, images: np.ndarray) -> np.ndarray:
-  return np.concatenate([np.asarray(encoded(loaded, images[i:i + BATCH]))
-                         for i in range(0, len(images), BATCH)])
+def _tokens(loaded: runs.Loaded, source: Any, seed: int) -> np.ndarray:
+  """Tokens of `LARGEST` images at most, of which one batch at a time is in memory."""
+  batches = _batches(source, min(LARGEST, len(source)))
+  return np.concatenate([np.asarray(encoded(loaded, images, first=i * BATCH, seed=seed))
+                         for i, images in enumerate(batches)])
+
+
+def _errors(loaded: runs.Loaded, images: np.ndarray, decode: Any, seed: int) -> list:
+  """What `reconstruction.measure` finds of every batch, as decoded from all tokens."""
+  keep, errors = lengths(loaded.spec)[-1], []
+  for first in range(0, len(images), BATCH):
+    part = images[first:first + BATCH]
+    tokens = encoded(loaded, part, first=first, seed=seed)
+    errors.append(reconstruction.measure(part, decode(tokens, keep=keep, first=first)))
+  return errors
 
 
 def _batches(source: Any, n: int) -> Iterator[np.ndarray]:

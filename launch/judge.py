@@ -234,7 +234,8 @@ def _fitted(data: Any, shape: tuple[int, int, int], folder: pathlib.Path) -> Any
   if len(train.classes) < 2 or size > 4096:
     images = train.read(subset(len(train), most))['image']
     return features.Principal.fit(images, min(64, len(images) - 1, size))
-  key = seal({'data': serialization.to_json(data), 'of': len(train)})[:16]
+  key = seal({'data': serialization.to_json(data), 'of': len(train),
+              **({'rows': 'random'} if most < len(train) else {})})[:16]
   path = folder / f'fitted-{key}.npz'
   if not path.exists():
     rows, tests = (source.read(subset(len(source), most)) for source in (train, held_out))

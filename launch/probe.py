@@ -21,10 +21,11 @@ from flax import nnx
 
 from smalti.evaluation import features, probes
 from smalti.evaluation.probes import Probe, Split
-from smalti.generators.generator import check_null, example_keys
+from smalti.generators.generator import check_null, example_keys, fold
 from smalti.launch import cli, provenance, run as runs, state as states, trees
 from smalti.launch.progress import say, track
 from smalti.launch.serialization import to_json
+from smalti.launch.step import ENCODE, encode_keys
 from smalti.networks.pixels import to_float
 from smalti.tokenizers.tokenizer import encode
 
@@ -104,15 +105,15 @@ class Network:
 
 def _of_tokenizer(tokenizer: Any, images: jax.Array, keys: jax.Array, noise: jax.Array
                   ) -> dict[str, jax.Array]:
-  del keys, noise  # nothing is drawn
+  del noise  # nothing is hidden
   x = to_float(images)
-  found = {'quantized': tokenizer.lookup(tokenizer.encode(x))}
+  found = {'quantized': tokenizer.lookup(tokenizer.encode(x, keys=fold(keys, ENCODE)))}
   return {**found, 'latents': tokenizer.latents(x)} if hasattr(tokenizer, 'latents') else found
 
 
 def _of_generator(blocks: tuple[int, ...], generator: Any, tokenizer: Any, images: jax.Array,
                   keys: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
-  tokens = tokenizer.encode(to_float(images))
+  tokens = tokenizer.encode(to_float(images), keys=fold(keys, ENCODE))
   options = {'noise': noise} if hasattr(generator, 'elbo') else {}
   found = generator.hidden(tokens, blocks=blocks, keys=keys, **options)
   return {f'block{i}': x for i, x in zip(blocks, found)}
@@ -164,7 +165,8 @@ def probe(workdir: str, *, data: Any = None, train: int = 5000, validation: int 
       'model': asked(network),
       'untrained': asked(Network(*_untrained(loaded, codec, seed), blocks)),
       'pixels': _probe([features.shrink(x).reshape(len(x), -1) / np.float32(255) for x in images]),
-      'codes': _probe([probes.bag(_tokens(codec, x), codec.spec.vocab) for x in images])}
+      'codes': _probe([probes.bag(_tokens(codec, part, seed), codec.spec.vocab)
+                       for part in (fitted, chosen_by, tested)])}
   for name, result in found.items():
     few = '  '.join(f'{x.shots} shot {x.mean:.3f} +- {x.deviation:.3f}' for x in result.few)
     say(f'{name:10} logreg {result.logreg.top1:.4f}  sgd {result.sgd.top1:.4f}  neighbours '
@@ -208,10 +210,12 @@ def _untrained(loaded: runs.Loaded, codec: runs.Loaded, seed: int
   return fresh, fresh if codec is loaded else codec
 
 
-def _tokens(codec: runs.Loaded, images: np.ndarray) -> np.ndarray:
+def _tokens(codec: runs.Loaded, examples: Examples, seed: int) -> np.ndarray:
+  keys = encode_keys(jnp.asarray(examples.index, jnp.int32), seed)
   return np.concatenate([
-      np.asarray(encode(codec.model, to_float(jnp.asarray(images[i:i + BATCH]))))
-      for i in range(0, len(images), BATCH)])
+      np.asarray(encode(codec.model, to_float(jnp.asarray(examples.images[i:i + BATCH])),
+                        keys=keys[i:i + BATCH]))
+      for i in range(0, len(examples.index), BATCH)])
 
 
 def define(values: Any) -> None:

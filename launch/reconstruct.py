@@ -12,9 +12,11 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from smalti.evaluation.reconstruction import compare
+from smalti.evaluation.subset import subset
 from smalti.generators.generator import example_keys
 from smalti.launch import cli, pictures, run as runs, state as states, trees
 from smalti.launch.progress import say
+from smalti.launch.step import encode_keys
 from smalti.networks.pixels import to_float, to_uint8
 from smalti.tokenizers.spec import TokenSpec
 from smalti.tokenizers.tokenizer import decode, encode
@@ -22,12 +24,19 @@ from smalti.tokenizers.tokenizer import decode, encode
 LENGTHS = 10  # budgets up to as many are all shown; of more, the powers of two
 
 
-def encoded(tokenizer: runs.Loaded, images: np.ndarray) -> Int[Array, 'b n d']:
-  """Tokens of uint8 images."""
-  return encode(tokenizer.model, to_float(jnp.asarray(images)))
+_keys, _encode_keys = jax.jit(example_keys), jax.jit(encode_keys, static_argnums=1)
 
 
-_keys = jax.jit(example_keys)
+def encoded(tokenizer: runs.Loaded, images: np.ndarray, *, first: int = 0, seed: int = 0
+            ) -> Int[Array, 'b n d']:
+  """Tokens of uint8 images.
+
+  Args:
+    first: the index of the first example, for tokenizers that draw, as in `decoded`.
+    seed: of those draws.
+  """
+  keys = _encode_keys(jnp.arange(first, first + len(images)), seed)
+  return encode(tokenizer.model, to_float(jnp.asarray(images)), keys=keys)
 
 
 def decoded(tokenizer: runs.Loaded, tokens: Any, *, keep: int | None = None, first: int = 0,
@@ -55,7 +64,8 @@ def reconstruct(tokenizer: runs.Loaded, images: np.ndarray, *, batch_size: int =
   """(reconstructions uint8 like `images`, tokens int32[n, N, D]) of uint8 images."""
   parts = []
   for first in range(0, len(images), batch_size):
-    tokens = np.asarray(encoded(tokenizer, images[first:first + batch_size]))
+    tokens = np.asarray(encoded(tokenizer, images[first:first + batch_size], first=first,
+                                seed=seed))
     parts.append((decoded(tokenizer, tokens, keep=keep, first=first, seed=seed,
                           settings=settings), tokens))
   remade, tokens = (np.concatenate(part) for part in zip(*parts))
@@ -98,7 +108,7 @@ def define(values: Any) -> None:
   flags.DEFINE_integer('n', 64, 'How many held-out examples.', flag_values=values)
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'Averaged or last weights.',
                     flag_values=values)
-  flags.DEFINE_integer('seed', 0, 'Of decoders that draw; example i depends on (seed, i).',
+  flags.DEFINE_integer('seed', 0, 'Of coders that draw; example i depends on (seed, i).',
                        flag_values=values)
   cli.define_settings(values)
 
@@ -115,7 +125,7 @@ def main(values: Any) -> int:
   settings = settings_of(tokenizer, values.settings)
   source = tokenizer.data.open('eval')
   count = min(values.n, len(source))
-  images = source.read(np.arange(count))['image']
+  images = source.read(subset(len(source), count))['image']
   columns = min(16, count)
   count -= count % columns
   folder = runs.split_reference(values.workdir)[0] / 'reconstructions'

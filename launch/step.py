@@ -10,21 +10,38 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from smalti.generators.generator import example_keys, fold
 from smalti.generators.schedules import stratified
 from smalti.launch import state as states
 from smalti.networks.pixels import to_float
 from smalti.tokenizers.quantizer import absorb, combine
 
 STRATA = 2**31 - 1  # folded into a step's key, beyond all micro-batches
+ENCODE = 2**31 - 2  # folded into an example's key, beyond what generators and decoders fold into it
+
+
+def encode_keys(index: jax.Array, seed: int = 0) -> jax.Array:
+  """Keys for `encode`, which a tokenizer that draws in evaluation needs: one per example.
+
+  Example i has the draw of (seed, i), whatever batch it comes in; i is its number in the data, and
+  in scores and pictures its place among the examples read.
+  """
+  return fold(example_keys(states.stream(seed, 'eval'), index), ENCODE)
 
 
 def inputs(batch: dict, frozen: dict | None = None) -> dict:
-  """Pixels to float; tokens by the frozen 'tokenizer', where the batch has none."""
+  """Pixels to float; tokens by the frozen 'tokenizer', where the batch has none.
+
+  A tokenizer that draws goes by `index`, the examples' numbers in their source; without it by their
+  places in the batch.
+  """
   if 'image' in batch:
     batch = {**batch, 'image': to_float(batch['image'])}
   tokenizer = (frozen or {}).get('tokenizer')
   if tokenizer is not None and 'tokens' not in batch:
-    batch = {**batch, 'tokens': jax.lax.stop_gradient(tokenizer.encode(batch['image']))}
+    index = batch.get('index', jnp.arange(len(batch['image'])))
+    tokens = tokenizer.encode(batch['image'], keys=encode_keys(index))
+    batch = {**batch, 'tokens': jax.lax.stop_gradient(tokens)}
   return batch
 
 

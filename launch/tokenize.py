@@ -9,15 +9,13 @@ import os
 import pathlib
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from smalti.data.tokens import TokenWriter
 from smalti.launch import cli, run as runs, trees
 from smalti.launch.progress import say, track
+from smalti.launch.reconstruct import encoded
 from smalti.launch.serialization import to_json
-from smalti.networks.pixels import to_float
-from smalti.tokenizers.tokenizer import encode
 
 
 def tokenize(tokenizer: runs.Loaded, data: Any, out: pathlib.Path, *, batch_size: int = 256
@@ -37,7 +35,7 @@ def tokenize(tokenizer: runs.Loaded, data: Any, out: pathlib.Path, *, batch_size
     for first in track(starts, len(starts), 'batch'):
       indices = np.arange(first, min(first + batch_size, len(source)))
       rows = source.read(indices)
-      tokens = encode(tokenizer.model, to_float(jnp.asarray(rows.pop('image'))))
+      tokens = encoded(tokenizer, rows.pop('image'), first=first)
       writer.add({**rows, 'tokens': np.asarray(tokens), 'index': indices})
     writer.close()
     say(f'{split}: {len(source)} examples of {tokenizer.spec.length} x {tokenizer.spec.depth} '

@@ -16,6 +16,7 @@ import numpy as np
 
 import smalti
 from smalti.data import pipeline
+from smalti.evaluation.subset import subset
 from smalti.generators.generator import GeneratorConfig
 from smalti.launch import (
   cli,
@@ -229,6 +230,7 @@ class Job:
     size = min(experiment.batch_size, len(self.held_out))
     count = len(self.held_out) if experiment.eval.batches is None else min(
         len(self.held_out), experiment.eval.batches * size)
+    chosen = subset(len(self.held_out), count)
     devices = meshes.batch_devices(self.mesh)
     for i, first in enumerate(range(0, count, size)):
       number = min(size, count - first) // devices * devices
@@ -236,7 +238,8 @@ class Job:
         continue
       share = number // jax.process_count()
       offset = first + share * jax.process_index()
-      rows = self.held_out.read(np.arange(offset, offset + share))
+      index = chosen[offset:offset + share]
+      rows = {**self.held_out.read(index), 'index': index.astype(np.int32)}
       weight, metrics = jax.device_get(self._evaluate(
           params, self.state['buffers'], self._put(rows), jax.random.fold_in(key, i),
           self.frozen))

@@ -109,6 +109,16 @@ def test_counts_of_neighbours_see_what_touches_and_nothing_else():
   assert found == pytest.approx(codes.unigram_bits(grid, x[:2500], x[2500:]), abs=0.01)
 
 
+def test_the_order_of_training_rows_says_nothing():
+  rng, spec = np.random.default_rng(0), TokenSpec(grid=(4, 4), vocab=(6,))
+  # nine classes of one code each, and a last one of noise, as a folder holds them
+  classes = [np.full((100, 16, 1), i % 6, np.int32) for i in range(9)]
+  train = np.concatenate([*classes, rng.integers(0, 6, (100, 16, 1), np.int32)])
+  held_out = train[::7]
+  known, mixed = train[rng.permutation(1000)], codes.neighbour_bits(spec, train, held_out)
+  assert mixed == pytest.approx(codes.neighbour_bits(spec, known, held_out), rel=1e-3)
+
+
 def test_counts_of_neighbours_are_a_distribution():
   """Probabilities of all values at one place, given the same neighbours, sum to one."""
   spec = TokenSpec(grid=(2, 2), vocab=(3, 3))

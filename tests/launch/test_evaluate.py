@@ -1,6 +1,8 @@
 """`smalti evaluate`: files of anybody's images, references, and asking again."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,11 @@ from smalti.evaluation.manifest import read_file, read_scores
 from smalti.evaluation.subset import subset
 from smalti.evaluation.summary import Accumulator
 from smalti.launch import cli, evaluate, judge as judges, provenance, trees
+from smalti.launch.sample import Samples
+from smalti.launch.scores import Scores
 from smalti.launch.train import train
+
+FITTED = judges._fitted  # before it is patched
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -60,6 +66,48 @@ def test_noise_scores_worse_than_the_floor(digits, tmp_path):
   found = values(tmp_path / 'noise.scores.json')
   assert found['fd'].value > 50 * found['fd'].beside['floor']
   assert found['recall'].value < 0.01 and found['nearest'].value > 2
+
+
+def test_samples_are_judged_by_random_ones_of_them(digits, tmp_path, monkeypatch):
+  images, labels = digits
+  np.savez(tmp_path / 'a.npz', arr_0=images, arr_1=labels)
+  seen = []
+  monkeypatch.setattr(evaluate, 'KEPT', 30)
+  monkeypatch.setattr(evaluate, 'BATCH', 64)  # rows are gathered over batches
+  monkeypatch.setattr(evaluate, 'evaluate_samples', lambda _, __, *rows: seen.extend(rows[:2]))
+  evaluate.evaluate_file(tmp_path / 'a.npz', 'digits_vq', write=False)
+  rows = subset(200, 30)
+  np.testing.assert_array_equal(seen[0], images[rows])
+  np.testing.assert_array_equal(seen[1], labels[rows])
+
+
+def test_it_is_said_how_much_of_the_training_data_was_looked_at(digits, tmp_path, monkeypatch):
+  np.savez(tmp_path / 'a.npz', arr_0=digits[0])
+  monkeypatch.setattr(evaluate, 'LARGEST', 479)
+  evaluate.evaluate_file(tmp_path / 'a.npz', 'digits_vq')
+  found = values(tmp_path / 'a.scores.json')['nearest']
+  assert found.reference_samples == 479 and found.beside['train_share'] == 479 / 1437
+  train, held_out = (evaluate.Split.read(DigitsConfig(), name) for name in ('train', 'eval'))
+  tokens = np.zeros((5, 4, 1), np.int32)
+  monkeypatch.setattr(evaluate, 'tokenize', lambda *_: tokens)
+  loaded: Any = SimpleNamespace(model=SimpleNamespace(likelihood=lambda settings: None))
+  scores = Scores(None, 'none', quiet=True)
+  evaluate.evaluate_generator(loaded, loaded, scores, train, held_out,
+                              Samples(tokens, held_out.images[:5], None, 1), seed=0)
+  assert scores.rows[0].beside['train_share'] == 479 / 1437
+
+
+def test_a_fitted_judge_of_some_rows_is_not_that_of_older_ones(tmp_path, monkeypatch):
+  fitted = []
+  monkeypatch.setattr(judges.features.Classifier, 'load', lambda path: fitted.append(path.name))
+  monkeypatch.setattr(judges.features.Classifier, 'fit', lambda *args: type(
+      'Fitted', (), {'save': lambda self, path: path.touch()})())
+  key = lambda **more: judges.seal({  # noqa: E731
+      'data': judges.serialization.to_json(DigitsConfig()), 'of': 1437, **more})[:16]
+  for most in (10**9, 100):  # all of them; fewer, once the first and now drawn at random
+    monkeypatch.setattr(judges, 'FIT', most)
+    FITTED(DigitsConfig(), (8, 8, 1), tmp_path)
+  assert fitted == [f'fitted-{key()}.npz', f'fitted-{key(rows="random")}.npz']
 
 
 class Logits:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from smalti.evaluation.subset import subset
 from smalti.launch import cli, export, run as runs, sample, state as states, tokenize, trees
 from smalti.launch.checkpoint import Checkpoints
 from smalti.launch.train import Job, train
@@ -186,6 +187,29 @@ def test_held_out_scores_are_of_the_averaged_weights(tmp_path):
     assert job.evaluate() == first
     job.state['ema'] = double(job.state['ema'])
     assert job.evaluate()['eval/mse'] != first['eval/mse']
+  job.close()
+
+
+@pytest.mark.parametrize('batches, processes', [(None, 1), (2, 1), (2, 2)])
+def test_limited_evaluation_reads_random_rows_that_processes_share(
+    tmp_path, monkeypatch, batches, processes):
+  experiment = config('digits_vq', eval__batches=batches)
+  job = Job(experiment, tmp_path / 'run', None)
+  size, read = experiment.batch_size, []
+  source, put = job.held_out, lambda rows: (read.append(rows), rows)[1]
+  monkeypatch.setattr(source, 'read', lambda index: {'place': index})
+  monkeypatch.setattr(job, '_put', put)
+  monkeypatch.setattr(job, '_evaluate', lambda *_: (1.0, {}))
+  monkeypatch.setattr(jax, 'process_count', lambda: processes)
+  for process in range(processes):
+    monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
+    job.evaluate()
+  found = np.concatenate([rows['place'] for rows in read])
+  count = len(source) if batches is None else batches * size
+  assert count < len(source) or batches is None
+  np.testing.assert_array_equal(np.sort(found), subset(len(source), count))
+  if processes == 1:  # in order, as without a limit all rows are
+    np.testing.assert_array_equal(found, subset(len(source), count))
   job.close()
 
 
