@@ -32,7 +32,8 @@ def score(workdir: pathlib.Path, images: np.ndarray, networks: list[Any]) -> dic
   """PSNR and SSIM of a run's reconstructions, and Frechet distances to the images themselves."""
   loaded = runs.load(workdir)
   parts = [images[i:i + BATCH] for i in range(0, len(images), BATCH)]
-  remade = [decoded(loaded, encoded(loaded, part)) for part in parts]
+  remade = [decoded(loaded, encoded(loaded, part, first=i * BATCH), first=i * BATCH)
+            for i, part in enumerate(parts)]
   errors = reconstruction.summarize(
       [reconstruction.measure(a, b) for a, b in zip(parts, remade)])
   found = {'psnr': errors.psnr, 'ssim': errors.ssim}

@@ -21,7 +21,7 @@ from smalti.evaluation.subset import subset
 from smalti.launch import cli, pictures, provenance, run as runs
 from smalti.launch.judge import BATCH, Judge, accumulate, open_judge, references
 from smalti.launch.progress import say
-from smalti.launch.reconstruct import decoded, encoded, lengths, settings_of
+from smalti.launch.reconstruct import decoded, lengths, settings_of, tokenized
 from smalti.launch.serialization import to_json
 
 Images = Shaped[np.ndarray, '_b _h _w _c']
@@ -34,8 +34,7 @@ class Measured:
   def __init__(self, loaded: runs.Loaded, images: Images, judge: Judge, settings: Any):
     self.loaded, self.images, self.judge, self.settings = loaded, images, judge, settings
     self.shown: dict[int, list[Images]] = {}  # the first images at every budget, by seed
-    self.tokens = np.concatenate([np.asarray(encoded(loaded, images[i:i + BATCH]))
-                                  for i in range(0, len(images), BATCH)])
+    self.tokens = tokenized(loaded, images, batch_size=BATCH)
 
   def decode(self, keep: int | None, seed: int, *, tokens: np.ndarray | None = None,
              settings: Any = None) -> Images:

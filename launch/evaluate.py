@@ -37,7 +37,7 @@ from smalti.launch.judge import (
   references,
 )
 from smalti.launch.progress import say, track
-from smalti.launch.reconstruct import encoded, settings_of
+from smalti.launch.reconstruct import settings_of, tokenized
 from smalti.launch.sample import (
   TEXT,
   Sampler,
@@ -82,11 +82,6 @@ class Split:
     return hashlib.sha256(np.ascontiguousarray(self.images)).hexdigest()[:16]
 
 
-def tokenize(tokenizer: runs.Loaded, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
-  return np.concatenate([np.asarray(encoded(tokenizer, images[i:i + batch_size], first=i))
-                         for i in range(0, len(images), batch_size)])
-
-
 def bits_per_token(loaded: runs.Loaded, tokens: np.ndarray, given: dict[str, np.ndarray], *,
                    key: jax.Array, settings: Any = None, batch_size: int = 256
                    ) -> tuple[float, float]:
@@ -119,7 +114,7 @@ def evaluate_generator(loaded: runs.Loaded, tokenizer: runs.Loaded, scores: Scor
   Of samples that are prefixes of `settings.keep` positions, as many are compared. A model of
   densities (ResGen) has no likelihood; what it has is among its held-out metrics.
   """
-  real = tokenize(tokenizer, train.images), tokenize(tokenizer, held_out.images)
+  real = tokenized(tokenizer, train.images), tokenized(tokenizer, held_out.images)
   if kind := loaded.model.likelihood(settings):
     _add_likelihood(loaded, scores, real, (train, held_out), kind, seed=seed, settings=settings)
   copied = memorization.copies(samples.tokens, *real, getattr(settings, 'keep', None))

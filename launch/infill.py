@@ -33,7 +33,7 @@ from smalti.launch import (
 )
 from smalti.launch.judge import BATCH, agreeing, classifies, open_extractor, references
 from smalti.launch.progress import say, track
-from smalti.launch.reconstruct import decoded, encoded
+from smalti.launch.reconstruct import decoded, tokenized
 from smalti.tokenizers.spec import TokenSpec
 
 HIDE = ('center', 'border', 'left', 'right', 'top', 'bottom', 'last', 'random', 'depth')
@@ -183,8 +183,7 @@ def main(values: Any) -> int:
   images, classes = batch['image'], batch.get('label')
   if values.conditional and (classes is None or not getattr(generator.config, 'classes', 0)):
     raise ValueError('--conditional needs examples with labels and a generator with classes.')
-  tokens = np.concatenate([np.asarray(encoded(tokenizer, images[i:i + BATCH]))
-                           for i in range(0, len(images), BATCH)])
+  tokens = tokenized(tokenizer, images, batch_size=BATCH)
   mask = known_mask(tokenizer.spec, values.hide, values.share, np.arange(len(tokens)), values.seed)
   labels = classes if values.conditional else None
 

@@ -20,8 +20,8 @@ from smalti.evaluation.subset import subset
 from smalti.generators.autoregressive import Autoregressive, AutoregressiveSettings
 from smalti.generators.generator import example_keys, generate
 from smalti.launch import cli, provenance, run as runs, state as states, timing
-from smalti.launch.evaluate import tokenize
 from smalti.launch.progress import say
+from smalti.launch.reconstruct import tokenized
 from smalti.networks.quantized import nbytes, quantized
 
 # What is rounded, and the relative rise of the bits that is accepted for it.
@@ -142,7 +142,7 @@ def main(values: Any) -> int:
   source = runs.pixels(data, codec).open('eval')
   rows = source.read(subset(len(source), values.n))
   labels = rows.get('label') if loaded.model.classes else None
-  found = measure(loaded.model, tokenize(codec, rows['image']), labels,
+  found = measure(loaded.model, tokenized(codec, rows['image']), labels,
                   other=in_other_dtype(loaded), batch=values.batch_size, rounds=values.rounds)
   for row in found:
     say(f'{row["case"]:<13} {row["bits_per_token"]:.4f} bits per token ({row["rise"]:+.3%}, '

@@ -39,6 +39,13 @@ def encoded(tokenizer: runs.Loaded, images: np.ndarray, *, first: int = 0, seed:
   return encode(tokenizer.model, to_float(jnp.asarray(images)), keys=keys)
 
 
+def tokenized(tokenizer: runs.Loaded, images: np.ndarray, *, batch_size: int = 256
+              ) -> Int[np.ndarray, 'b n d']:
+  """`encoded` of many images, a batch at a time."""
+  return np.concatenate([np.asarray(encoded(tokenizer, images[i:i + batch_size], first=i))
+                         for i in range(0, len(images), batch_size)])
+
+
 def decoded(tokenizer: runs.Loaded, tokens: Any, *, keep: int | None = None, first: int = 0,
             seed: int = 0, settings: Any = None) -> np.ndarray:
   """uint8 images of tokens, or of their prefixes of `keep` entries.

@@ -32,7 +32,7 @@ from smalti.launch.fidelity import tokenizer_scores
 from smalti.launch.judge import Judge, open_judge, references
 from smalti.launch.pictures import save_grid
 from smalti.launch.progress import say
-from smalti.launch.reconstruct import encoded
+from smalti.launch.reconstruct import tokenized
 from smalti.launch.sample import Sampler
 from smalti.launch.scores import Scores
 from smalti.launch.serialization import to_json
@@ -177,9 +177,8 @@ def curve(folder: pathlib.Path, experiment: Experiment) -> list[dict[str, float]
   images = source.read(subset(len(source), CURVE))['image']
   for step in runs.outline(folder).steps:
     loaded = runs.load(f'{folder}@{step}', weights='raw')
-    tokens = np.concatenate([np.asarray(encoded(loaded, images[i:i + 256]))
-                             for i in range(0, len(images), 256)])
-    uses = [codes.code_use(count) for count in codes.counts(loaded.spec, tokens)]
+    uses = [codes.code_use(count)
+            for count in codes.counts(loaded.spec, tokenized(loaded, images))]
     found.append({'step': step, 'tokens': uses[0].tokens,
                   'usage': float(np.mean([use.usage for use in uses])),
                   'perplexity': float(np.mean([use.perplexity for use in uses]))})

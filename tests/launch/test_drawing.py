@@ -30,6 +30,7 @@ def test_the_draw_of_an_example_is_the_same_however_it_is_read(tokenizer, tmp_pa
   _, whole = reconstruct.reconstruct(loaded, images)
   _, parts = reconstruct.reconstruct(loaded, images, batch_size=7)
   np.testing.assert_array_equal(whole, parts)
+  np.testing.assert_array_equal(reconstruct.tokenized(loaded, images, batch_size=9), whole)
   _, other = reconstruct.reconstruct(loaded, images, seed=1)
   assert (whole != other).any()
   alike = reconstruct.encoded(loaded, images[:1].repeat(8, 0))

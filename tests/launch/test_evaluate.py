@@ -89,7 +89,7 @@ def test_it_is_said_how_much_of_the_training_data_was_looked_at(digits, tmp_path
   assert found.reference_samples == 479 and found.beside['train_share'] == 479 / 1437
   train, held_out = (evaluate.Split.read(DigitsConfig(), name) for name in ('train', 'eval'))
   tokens = np.zeros((5, 4, 1), np.int32)
-  monkeypatch.setattr(evaluate, 'tokenize', lambda *_: tokens)
+  monkeypatch.setattr(evaluate, 'tokenized', lambda *_: tokens)
   loaded: Any = SimpleNamespace(model=SimpleNamespace(likelihood=lambda settings: None))
   scores = Scores(None, 'none', quiet=True)
   evaluate.evaluate_generator(loaded, loaded, scores, train, held_out,

@@ -9,7 +9,7 @@ import pytest
 from smalti.configs import cifar10_md4
 from smalti.data.digits import DigitsConfig
 from smalti.evaluation.subset import subset
-from smalti.launch import evaluate, run as runs
+from smalti.launch import evaluate, reconstruct, run as runs
 from smalti.launch.experiment import MeshConfig
 from smalti.launch.sample import draw
 from smalti.launch.scores import Scores
@@ -54,7 +54,7 @@ def test_a_generator_of_pixels_trains_and_draws_images(tmp_path, monkeypatch):
   evaluate.evaluate_generator(loaded, pixels, few, *splits, drawn, seed=0, settings=settings)
   assert asked == [settings] * 2  # the law of what is drawn: training images, held-out ones
   bits = {score.name: score for score in few.rows}['bits_per_token_held_out']
-  tokens = evaluate.tokenize(pixels, splits[1].images[subset(64, 16)])
+  tokens = reconstruct.tokenized(pixels, splits[1].images[subset(64, 16)])
   again, _ = evaluate.bits_per_token(loaded, tokens, {}, key=stream(0, 'eval'))
   assert bits.samples == 16 and bits.value == pytest.approx(again, rel=1e-6)
   assert bits.beside['bits_per_dimension'] == pytest.approx(bits.value)
