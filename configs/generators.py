@@ -81,6 +81,7 @@ ROWS: dict[str, tuple[str, Any, Any]] = {  # the most important first
     'resgen': ('rvq', ResGenConfig, None),
     'maskgit': ('vq', MaskedConfig, None),
     'maskbit': ('lfq', MaskBitConfig, None),
+    'rar': ('vq', AutoregressiveConfig, None),
     'any order': ('vq', AutoregressiveConfig, None),
     'any order random': ('vq', AutoregressiveConfig, AutoregressiveSettings(order='random')),
     'block': ('vq', BlockDiffusionConfig, None),
@@ -97,8 +98,10 @@ ROWS: dict[str, tuple[str, Any, Any]] = {  # the most important first
 # .78 of 1,024); narrower, density is all that is learned
 FLOOR, FLOOR_1024 = -1.0, -1.35
 OWN: dict[str, dict[str, Any]] = {  # what a generator has beside a transformer and classes
-    'maskgit': dict(objective='maskgit'), 'any order': dict(anneal=(STEPS, STEPS)),
-    'any order random': dict(anneal=(STEPS, STEPS)), 'block': dict(block_size=7),
+    'maskgit': dict(objective='maskgit'),
+    'rar': dict(anneal=(STEPS // 2, STEPS * 3 // 4)),  # as published
+    'any order': dict(anneal=(STEPS, STEPS)), 'any order random': dict(anneal=(STEPS, STEPS)),
+    'block': dict(block_size=7),
     'resgen': dict(channels=16, components=128, rank=16, floor=FLOOR),
     'cifar10 resgen': dict(channels=quantizers.DIM, components=256, rank=16, floor=FLOOR_1024),
 }
@@ -125,10 +128,10 @@ def get_config(size: str = 'base') -> Experiment:
   debug = size == 'debug'
   row = size if size in ROWS else 'masked'
   tokens, kind, settings = ROWS[row]
-  unordered = row.startswith('any order')
+  own = OWN.get(row, {})
   body = TransformerConfig(layers=2, width=32, heads=2) if debug else TransformerConfig(
-      layers=4, width=128, heads=4, dropout=0.1, axes=0 if unordered else 1, remat=False)
-  model = kind(transformer=body, classes=10, **OWN.get(row, {}))
+      layers=4, width=128, heads=4, dropout=0.1, axes=0 if 'anneal' in own else 1, remat=False)
+  model = kind(transformer=body, classes=10, **own)
   if kind is DepthConfig:
     model.depth = TransformerConfig(layers=1, width=128, heads=4, axes=0, remat=False)
   return Experiment(

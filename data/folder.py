@@ -124,6 +124,8 @@ class FolderSource:
     self.root, self.size, self.channels, self.threads = found.root, found.size, channels, threads
     self.classes = found.classes
     self.paths = [e.path for e in chosen]
+    self.content = hashlib.sha256(
+        ''.join(f'{e.finding.sha256} {e.label}\n' for e in chosen).encode()).hexdigest()[:16]
     self.labels = np.array([self.classes.index(e.label) for e in chosen], np.int32) if (
         self.classes) else None
 

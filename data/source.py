@@ -22,6 +22,7 @@ class Source(Protocol):
 
   Attributes:
     classes: names of the labels, or () where there are none.
+    content: optional; a digest of what is in it, where the config alone does not decide that.
     threads: optional; how many threads read ahead. Sources in memory want none (the default).
   """
   classes: tuple[str, ...]

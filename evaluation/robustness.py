@@ -22,8 +22,10 @@ from smalti.tokenizers.spec import TokenSpec
 
 Images = Shaped[np.ndarray, '_b _h _w _c']  # uint8
 Tokens = Int[np.ndarray, '_b _n _d']
-Encode = Callable[[np.ndarray], np.ndarray]  # uint8 images to tokens
-Decode = Callable[[np.ndarray], np.ndarray]  # tokens to uint8 images
+# uint8 images to tokens, and back; the second argument is the place of the first among all, for
+# tokenizers that draw: an example has the same noise in every batch and round.
+Encode = Callable[[np.ndarray, int], np.ndarray]
+Decode = Callable[[np.ndarray, int], np.ndarray]
 
 ALPHA, DELTA = .1, 100  # README of lxa9867/ImageFolder, the code of RobustTok
 BLOCK = 1 << 24  # distances in work at once
@@ -140,12 +142,12 @@ def perturbed(encode: Encode, decode: Decode, spec: TokenSpec, images: Images, *
   clean, noisy, changed, total = [], [], 0, 0
   for start in range(0, len(images), batch):
     real = images[start:start + batch]
-    tokens = np.asarray(encode(real))
+    tokens = np.asarray(encode(real, start))
     wrong = perturb(spec, tokens, alpha=alpha, near=near, seed=seed, start=start)
     valid = np.asarray(spec.valid(tokens))
     changed, total = changed + int((wrong != tokens)[valid].sum()), total + int(valid.sum())
-    clean.append(reconstruction.measure(real, np.asarray(decode(tokens))))
-    noisy.append(reconstruction.measure(real, np.asarray(decode(wrong))))
+    clean.append(reconstruction.measure(real, np.asarray(decode(tokens, start))))
+    noisy.append(reconstruction.measure(real, np.asarray(decode(wrong, start))))
   before, after = reconstruction.summarize(clean), reconstruction.summarize(noisy)
   return Perturbed(
       alpha=alpha, delta=None if codes is None else delta, changed=changed / total, clean=before,
@@ -165,13 +167,13 @@ def recode(encode: Encode, decode: Decode, spec: TokenSpec, images: Images, *, r
   same, kept = np.zeros((2, rounds), int), np.zeros((2, rounds), int)
   for start in range(0, len(images), batch):
     real = images[start:start + batch]
-    first = tokens = np.asarray(encode(real))
+    first = tokens = np.asarray(encode(real, start))
     for step in range(rounds + 1):
-      decoded = np.asarray(decode(tokens))
+      decoded = np.asarray(decode(tokens, start))
       errors[step].append(reconstruction.measure(real, decoded))
       if step == rounds:
         break
-      before, tokens = tokens, np.asarray(encode(decoded))
+      before, tokens = tokens, np.asarray(encode(decoded, start))
       same[:, step] += _equal(spec, before, tokens)
       kept[:, step] += _equal(spec, first, tokens)
   psnr = tuple(reconstruction.summarize(parts).psnr for parts in errors)

@@ -73,7 +73,7 @@ def define(values: Any) -> None:
   from absl import flags
   flags.DEFINE_string('runs', None, 'The folder of the runs.', flag_values=values)
   flags.DEFINE_string('out', None, 'The file of the results.', flag_values=values)
-  flags.DEFINE_integer('seeds', 2, 'How many seeds.', flag_values=values)
+  flags.DEFINE_integer('seeds', 2, 'How many seeds.', flag_values=values, lower_bound=1)
 
 
 def main(values: Any) -> int:

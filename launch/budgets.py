@@ -136,8 +136,9 @@ def _save(path: pathlib.Path, columns: list[Images], names: list[str]) -> None:
 def define(values: Any) -> None:
   from absl import flags
   flags.DEFINE_string('workdir', None, 'The run of a tokenizer with budgets.', flag_values=values)
-  flags.DEFINE_integer('n', 512, 'Held-out images.', flag_values=values)
-  flags.DEFINE_integer('seeds', 3, 'Noise seeds, where decoding draws.', flag_values=values)
+  flags.DEFINE_integer('n', 512, 'Held-out images.', flag_values=values, lower_bound=2)
+  flags.DEFINE_integer('seeds', 3, 'Noise seeds, where decoding draws.', flag_values=values,
+                       lower_bound=1)
   flags.DEFINE_list('steps', ['1', '2', '4', '8', '16', '32', '64'], 'Euler steps to compare.',
                     flag_values=values)
   flags.DEFINE_string('extractor', None, 'Of the Frechet distance; default by the images.',

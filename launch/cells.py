@@ -6,29 +6,21 @@ Its folder holds `config.json`, the accumulator's state while it is drawn, and a
 from finished cells and from nothing else, so that workers never write one file.
 """
 
-import contextlib
 import csv
 import dataclasses
 import io
 import itertools
 import json
-import os
 import pathlib
 import shutil
-import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from smalti.evaluation.files import whole
 from smalti.evaluation.manifest import Score, read_scores, seal
 
-STALE = 2 * 3600  # seconds without a sign of life after which a lock counts as left behind
-DONE, ERROR, LOCK = 'DONE', 'ERROR', 'LOCK'
-
-
-class Taken(Exception):
-  """Another worker is at this cell."""
+DONE, ERROR = 'DONE', 'ERROR'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,61 +62,6 @@ class Folder:
 
   def fail(self, traceback: str) -> None:
     _write(self.path / ERROR, traceback)
-
-  @contextlib.contextmanager
-  def lock(self) -> Iterator[None]:
-    """Holds the cell for this process; `touch` it during long work.
-
-    A lock is left behind where its process is gone from this machine, or where nothing was heard
-    of it for two hours.
-
-    Raises:
-      Taken: another process holds it.
-    """
-    path = self.path / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mine = json.dumps({'host': socket.gethostname(), 'pid': os.getpid()})
-    for attempt in (1, 2):
-      try:
-        with open(path, 'x', encoding='utf-8') as file:
-          file.write(mine)
-        break
-      except FileExistsError:
-        if attempt == 2 or not _abandoned(path):
-          raise Taken(f'{self.path.name} is held by another worker') from None
-        path.unlink(missing_ok=True)
-    try:
-      yield
-    finally:
-      path.unlink(missing_ok=True)
-
-  def touch(self) -> None:
-    with contextlib.suppress(FileNotFoundError):
-      os.utime(self.path / LOCK)
-
-
-def _abandoned(path: pathlib.Path) -> bool:
-  try:
-    age = time.time() - path.stat().st_mtime
-    holder = json.loads(path.read_text(encoding='utf-8') or '{}')
-  except FileNotFoundError:
-    return True
-  except ValueError:  # killed between making and filling it
-    return age > 5
-  if age > STALE:
-    return True
-  if holder.get('host') != socket.gethostname():
-    return False
-  pid = int(holder.get('pid', 0))
-  if pid == os.getpid():  # an earlier process of this number
-    return True
-  try:
-    os.kill(pid, 0)
-  except ProcessLookupError:
-    return True
-  except PermissionError:  # alive, of another user
-    return False
-  return False
 
 
 class Log:

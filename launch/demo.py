@@ -7,7 +7,6 @@ again goes on where it stopped.
 
 import dataclasses
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -33,7 +32,7 @@ def demo(workdir: pathlib.Path, size: str = 'base', *, results: pathlib.Path | N
     size: of the three configs; 'debug' runs through in seconds and learns nothing.
     results: where a JSON of the numbers, with their provenance, is written too.
   """
-  begin = time.perf_counter()
+  clock = provenance.Clock()
   experiment = trees.load_config(f'digits_vq:{size}')
   say('1/3  a VQ tokenizer of 8 x 8 digits')
   tokenizer_run = workdir / 'digits_vq'
@@ -55,11 +54,10 @@ def demo(workdir: pathlib.Path, size: str = 'base', *, results: pathlib.Path | N
           workdir / name, tokenizer, label, overrides, real)
   training = [('Tokenizer', tokenizer_run)] + [(t, workdir / n) for n, t in KINDS.items()]
   page = report.write_report(workdir, training, title='smalti demo', text=_words(tables))
-  seconds = time.perf_counter() - begin
   if results is not None:
     provenance.record(results, f'smalti demo --workdir={workdir}', {
-        name: scoring.table(rows) for name, rows in tables.items()}, seconds=seconds, seed=0)
-  say(f'Done in {seconds:.0f} s. Open {page}')
+        name: scoring.table(rows) for name, rows in tables.items()}, clock=clock, seed=0)
+  say(f'Done in {clock.seconds:.0f} s. Open {page}')
 
 
 def _sample_and_score(run: pathlib.Path, tokenizer: runs.Loaded, label: str,

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -78,7 +77,7 @@ def measure(model: Any, images: np.ndarray, factors: np.ndarray, batch_size: int
 
 def run_cell(cell: Cell, out: pathlib.Path, folder: pathlib.Path) -> None:
   """Trains (or finishes) one run, and writes its file."""
-  wall, cpu = time.perf_counter(), time.process_time()
+  clock = provenance.Clock()
   experiment = cell.experiment()
   train(experiment, folder / cell.name)
   loaded = runs.load(folder / cell.name, weights='raw')
@@ -90,8 +89,7 @@ def run_cell(cell: Cell, out: pathlib.Path, folder: pathlib.Path) -> None:
   provenance.record(
       out / f'{cell.name}.json',
       f'python -m smalti.launch.disentangle --cells={cell.name}', found,
-      libraries=('scikit-learn',), seconds=time.perf_counter() - wall,
-      run_cpu_seconds=round(time.process_time() - cpu, 1), fingerprint=loaded.fingerprint,
+      libraries=('scikit-learn',), clock=clock, fingerprint=loaded.fingerprint,
       factors=list(source.lattice.names), data='shapes3d_like', config='shapes_qlae')
 
 
@@ -140,10 +138,11 @@ def write_summary(out: pathlib.Path) -> None:
   """`OUT.json`, a row per model and decay, and `OUT_order.json`, a row per measure."""
   rows, order = summary(out)
   command = 'python -m smalti.launch.disentangle'
-  finished = {'finished': len(list(out.glob('*.json'))), 'cells': len(CELLS)}
-  for path, results in ((out.with_suffix('.json'), rows),
+  parts = [provenance.load(path) for path in sorted(out.glob('*.json'))]
+  for path, results in ((out.with_name(f'{out.name}.json'), rows),
                         (out.with_name(f'{out.name}_order.json'), order)):
-    provenance.record(path, command, results, libraries=('scikit-learn',), **finished)
+    provenance.record(path, command, results, libraries=('scikit-learn',), parts=parts,
+                      finished=len(parts), cells=len(CELLS))
 
 
 def _spread(values: list[float | None]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def _load(path: pathlib.Path) -> Mapping[str, Any]:
     found = {file.stem: provenance.load(file) for file in sorted(path.glob('*.json'))}
     first, *others = found.values()
     return {**first, 'results': {name: one['results'] for name, one in found.items()},
-            'seconds': sum(one['seconds'] for one in found.values()), 'others': len(others)}
+            **provenance.joined(list(found.values())), 'others': len(others)}
   if not path.is_file():
     known = ', '.join(sorted(p.name for p in path.parent.glob('*.json'))) or 'none'
     raise ValueError(f'no results at {path.name}; there are {known}.')
@@ -92,11 +92,10 @@ def _numbers(rows: list[dict]) -> list[tuple[str, str]]:
 
 
 def _source(document: Mapping[str, Any]) -> str:
-  commit = (document['commit'] or 'unknown')[:10] + (' and changes' if document['modified'] else '')
   versions, cores = document['versions'], document['machine']['cores']
   others = f' and {document["others"]} more of its kind' if document.get('others') else ''
-  return (f'<sub>`{document["command"]}`{others}, commit {commit}, {document["date"][:10]}, '
-          f'{cores} core{"s" * (cores != 1)}, jax {versions["jax"]}, '
+  return (f'<sub>`{document["command"]}`{others}, {provenance.commits(document)}, '
+          f'{document["date"][:10]}, {cores} core{"s" * (cores != 1)}, jax {versions["jax"]}, '
           f'{document["seconds"]:.0f} s</sub>')
 
 

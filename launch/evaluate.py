@@ -8,27 +8,22 @@ number with all that repeats it; `--repeat=scores.json` asks again and prints bo
 config (--data) or a file of statistics (--reference).
 """
 
-import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from smalti.data.captions import CaptionsConfig
-from smalti.evaluation import agreement, captions, codes, features, memorization
+from smalti.evaluation import agreement, captions, features, memorization
 from smalti.evaluation.manifest import Score, read_file, write_scores
 from smalti.evaluation.perceptual import Net
 from smalti.evaluation.subset import subset
-from smalti.launch import cli, extractors, provenance, run as runs, state as states, trees
+from smalti.launch import cli, extractors, provenance, run as runs, trees
 from smalti.launch.fidelity import tokenizer_scores
 from smalti.launch.gallery import open_gallery
 from smalti.launch.judge import (
   BATCH,
-  BYTES,
   Accumulation,
   Judge,
   accumulate,
@@ -36,10 +31,11 @@ from smalti.launch.judge import (
   open_judge,
   references,
 )
+from smalti.launch.likelihood import add_likelihood
 from smalti.launch.progress import say, track
+from smalti.launch.real import Split
 from smalti.launch.reconstruct import settings_of, tokenized
 from smalti.launch.sample import (
-  TEXT,
   Sampler,
   Samples,
   captions as captions_of,
@@ -48,62 +44,8 @@ from smalti.launch.sample import (
 )
 from smalti.launch.scores import Scores
 
-LARGEST = 20_000  # real images read for baselines and judges
-SCORED = 4_000  # examples of each split whose likelihood is measured: a bound takes eight passes
 KEPT = 2_000  # samples whose images are kept for distances to the training images
 SMALL = 4096  # values of an image that a support vector machine judges
-
-
-@dataclasses.dataclass
-class Split:
-  """Real examples of one split, in memory: images, labels or None, what captions say or nothing.
-
-  `share` is how much of the split they are.
-  """
-  images: np.ndarray
-  labels: np.ndarray | None
-  texts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-  share: float = 1.0
-
-  @classmethod
-  def read(cls, data: Any, split: str) -> 'Split':
-    source = data.open(split)
-    size = sum(value[0].nbytes for value in source.read(np.arange(1)).values())
-    rows = source.read(subset(len(source), max(2, min(LARGEST, BYTES // size))))
-    if 'image' not in rows:
-      raise ValueError(f'{type(data).__name__} holds no images to compare with; '
-                       'evaluate with --data=CONFIG, whose data has.')
-    return cls(rows['image'], rows.get('label'),
-               {name: rows[name] for name in (*TEXT, 'claims') if name in rows},
-               len(rows['image']) / len(source))
-
-  @property
-  def fingerprint(self) -> str:
-    return hashlib.sha256(np.ascontiguousarray(self.images)).hexdigest()[:16]
-
-
-def bits_per_token(loaded: runs.Loaded, tokens: np.ndarray, given: dict[str, np.ndarray], *,
-                   key: jax.Array, settings: Any = None, batch_size: int = 256
-                   ) -> tuple[float, float]:
-  """(mean bits per valid token, its standard error over examples).
-
-  Args:
-    given: the entries of the batch beside `tokens`: `label`, or `text` and `text_mask`.
-    settings: of a sampler whose law has a likelihood of its own: random orders, a shorter chain.
-  """
-  # one compiled function per kind, so that all batches but the last share a program
-  function = jax.jit(lambda model, batch, key: (
-      model.nats(batch, key=key, settings=settings)))
-  nats = []
-  for i in range(0, len(tokens), batch_size):
-    batch = {name: jnp.asarray(rows[i:i + batch_size])
-             for name, rows in {'tokens': tokens, **given}.items()}
-    nats.append(np.asarray(function(loaded.model, batch, jax.random.fold_in(key, i)), np.float64))
-  valid = np.asarray(loaded.spec.valid(tokens)).sum((1, 2))
-  bits = -np.concatenate(nats) / np.log(2)
-  mean = bits.sum() / valid.sum()
-  error = np.std(bits - mean * valid) / valid.mean() / len(bits)**0.5
-  return float(mean), float(error)
 
 
 def evaluate_generator(loaded: runs.Loaded, tokenizer: runs.Loaded, scores: Scores,
@@ -116,44 +58,11 @@ def evaluate_generator(loaded: runs.Loaded, tokenizer: runs.Loaded, scores: Scor
   """
   real = tokenized(tokenizer, train.images), tokenized(tokenizer, held_out.images)
   if kind := loaded.model.likelihood(settings):
-    _add_likelihood(loaded, scores, real, (train, held_out), kind, seed=seed, settings=settings)
+    add_likelihood(loaded, scores, real, (train, held_out), kind, seed=seed, settings=settings)
   copied = memorization.copies(samples.tokens, *real, getattr(settings, 'keep', None))
   scores.add('copies', copied.share, unit='share', higher=False, samples=copied.samples,
              distinct=copied.distinct, held_out=copied.held_out_share, train_share=train.share,
              reference=train.fingerprint, reference_samples=len(train.images))
-
-
-def _add_likelihood(loaded: runs.Loaded, scores: Scores, real: tuple[np.ndarray, np.ndarray],
-                    splits: tuple[Split, Split], kind: str, *, seed: int, settings: Any) -> None:
-  """Bits per token of the training and of the held-out examples, `SCORED` of each, beside what
-  frequencies of the training codes say of these held-out ones.
-
-  Per dimension they are spread over the values of an image: of tokens that are its values, its
-  likelihood; of a tokenizer's, what the tokens alone cost.
-  """
-  key, rows = states.stream(seed, 'eval'), [subset(len(tokens), SCORED) for tokens in real]
-  compared = real[0], real[1][rows[1]]
-  unigram = codes.unigram_bits(loaded.spec, *compared)
-  positional = codes.unigram_bits(loaded.spec, *compared, positional=True)
-  neighbours = codes.neighbour_bits(loaded.spec, *compared)
-  for name, tokens, split, chosen in zip(('train', 'held_out'), real, splits, rows):
-    given = {entry: values[chosen] for entry, values in _given(loaded, split).items()}
-    tokens = tokens[chosen]
-    bits, error = bits_per_token(loaded, tokens, given, key=key, settings=settings)
-    scores.add(f'bits_per_token_{name}', bits, unit='bits per token', higher=False, likelihood=kind,
-               samples=len(tokens), reference=split.fingerprint, reference_samples=len(tokens),
-               standard_error=error, bits_per_dimension=bits * float(
-                   np.asarray(loaded.spec.valid(tokens)).sum()) / split.images[chosen].size,
-               unigram=unigram, positional_unigram=positional, neighbours=neighbours)
-
-
-def _given(loaded: runs.Loaded, split: Split) -> dict[str, np.ndarray]:
-  """What the generator reads of real examples."""
-  given = {} if getattr(loaded.config, 'text', None) is None else {
-      name: split.texts[name] for name in TEXT}
-  if getattr(loaded.config, 'classes', 0) and split.labels is not None:
-    given['label'] = split.labels
-  return given
 
 
 def evaluate_captions(scores: Scores, data: Any, images: np.ndarray,

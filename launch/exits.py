@@ -12,10 +12,6 @@ PREEMPTED = 75
 class NonFinite(Exception):
   """A loss or gradient is not finite; the message names step and terms. Exit code 3."""
 
-  code = NON_FINITE
-
 
 class Preempted(Exception):
   """Stopped by a signal, after saving; the same command resumes. Exit code 75."""
-
-  code = PREEMPTED

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
 import smalti
+from smalti.evaluation.files import whole
 from smalti.generators.generator import GeneratorConfig
 from smalti.launch import cli, run as runs, serialization, state as states
 from smalti.launch.progress import say
@@ -35,10 +36,10 @@ def save(loaded: runs.Loaded, path: pathlib.Path) -> None:
       'format': str(runs.FORMAT), 'version': smalti.__version__,
       'config': json.dumps(loaded.stored), 'spec': loaded.spec.to_json() if loaded.spec else '',
       'fingerprint': loaded.fingerprint, 'step': str(loaded.step), 'weights': loaded.weights}
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix('.tmp')
-  temporary.write_bytes(_ordered(serialize(leaves, metadata)))
-  temporary.replace(path)
+  if isinstance(loaded.config, GeneratorConfig):  # whose fingerprint is that of its tokenizer
+    metadata['leaves'] = runs.fingerprint(loaded.stored, loaded.spec, params, buffers)
+  with whole(path) as file:
+    file.write(_ordered(serialize(leaves, metadata)))
 
 
 def _ordered(data: bytes) -> bytes:
@@ -64,10 +65,14 @@ def load(path: pathlib.Path) -> runs.Loaded:
   if 'config' not in metadata:
     raise ValueError(f'{path} is not a file of smalti: it holds no config; export one with '
                      'smalti export.')
-  runs.check_format({**metadata, 'format': int(metadata['format'])}, path)
-  stored = json.loads(metadata['config'])
+  runs.check_format({**metadata, 'format': _number(metadata.get('format'))}, path)
+  try:
+    stored, step = json.loads(metadata['config']), int(metadata['step'])
+    spec = TokenSpec.from_json(metadata['spec']) if metadata['spec'] else None
+    fingerprint, weights = metadata['fingerprint'], metadata['weights']
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f'{path}: its metadata cannot be read ({error}); export it again.') from error
   config = serialization.from_json(stored, ModelConfig).released()
-  spec = TokenSpec.from_json(metadata['spec']) if metadata['spec'] else None
   shape = nnx.eval_shape(lambda: runs.build(config, spec, nnx.Rngs(0)))
   structure = states.Structure.of(shape)
   target = dict(zip(('params', 'buffers'), structure.split(shape)))
@@ -80,14 +85,19 @@ def load(path: pathlib.Path) -> runs.Loaded:
                        f'says {leaf.dtype}{leaf.shape}; export it again.')
   tree = states.from_dict(target, _nested(leaves))
   model = structure.merge(tree['params'], tree['buffers'])
-  mark = metadata['fingerprint']
-  if not isinstance(config, GeneratorConfig):
-    mark = runs.fingerprint(stored, spec, tree['params'], tree['buffers'])
-    if mark != metadata['fingerprint']:
-      raise ValueError(f'{path} is damaged: its leaves have fingerprint {mark}, and it was written '
-                       f'with {metadata["fingerprint"]}; export it again.')
-  return runs.Loaded(model, config, stored, spec, mark, None, int(metadata['step']), path,
-                     metadata['weights'])
+  found = runs.fingerprint(stored, spec, tree['params'], tree['buffers'])
+  mark = metadata.get('leaves') if isinstance(config, GeneratorConfig) else fingerprint
+  if mark is None:
+    raise ValueError(f'{path} does not say which leaves it was written with, as generators do now; '
+                     'export it again.')
+  if found != mark:
+    raise ValueError(f'{path} is damaged: its leaves have fingerprint {found}, and it was written '
+                     f'with {mark}; export it again.')
+  return runs.Loaded(model, config, stored, spec, fingerprint, None, step, path, weights)
+
+
+def _number(text: str | None) -> int | str | None:
+  return int(text) if text is not None and text.isdecimal() else text
 
 
 def _nested(leaves: dict[str, np.ndarray]) -> dict:

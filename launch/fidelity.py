@@ -91,7 +91,7 @@ def tokenizer_scores(loaded: runs.Loaded, scores: Scores, judge: Judge, data: An
   if len(rest) < n:  # PSNRs of other images have no difference
     own = reconstruction.summarize(_errors(loaded, rest, decode, seed))
   _add_baselines(scores, loaded, own, _take(train, ERRORS * 5), rest, points, tables)
-  _add_stability(scores, loaded, rest, decode)
+  _add_stability(scores, loaded, rest, decode, seed)
   _add_codes(scores, loaded.spec, loaded.fingerprint,
              [_tokens(loaded, source, seed) for source in (train, held_out)], tables)
 
@@ -157,22 +157,26 @@ def _share(spec: Any, keep: int) -> float:
   return float((mask * cost).sum() / (np.ones_like(mask, np.float64) * cost).sum())
 
 
-def _add_stability(scores: Scores, loaded: runs.Loaded, images: np.ndarray, decode: Any) -> None:
+def _add_stability(scores: Scores, loaded: runs.Loaded, images: np.ndarray, decode: Any,
+                   seed: int) -> None:
   """Wrong tokens, and tokens of its own images."""
-  def encode(x: np.ndarray) -> np.ndarray:
-    return np.asarray(encoded(loaded, x))
+  def encode(x: np.ndarray, first: int) -> np.ndarray:
+    return np.asarray(encoded(loaded, x, first=first, seed=seed))
+
+  def remade(tokens: np.ndarray, first: int) -> np.ndarray:
+    return decode(tokens, first=first)
 
   table = getattr(getattr(loaded.model, 'quantizer', None), 'codes', None)
   near = [np.asarray(table())] if table is not None and loaded.spec.depth == 1 else None
   if near is not None and len(near[0]) != loaded.spec.vocab[0]:
     near = None
   wrong = robustness.perturbed(
-      encode, decode, loaded.spec, images, codes=near, batch=BATCH,
+      encode, remade, loaded.spec, images, codes=near, batch=BATCH,
       delta=min(robustness.DELTA, loaded.spec.vocab[0]))
   if wrong.perturbed.psnr is not None:
     scores.add('psnr_perturbed', wrong.perturbed.psnr, unit='dB', higher=True, samples=len(images),
                alpha=wrong.alpha, delta=wrong.delta, changed=wrong.changed, drop=wrong.psnr_drop)
-  again = robustness.recode(encode, decode, loaded.spec, images, rounds=ROUNDS, batch=BATCH)
+  again = robustness.recode(encode, remade, loaded.spec, images, rounds=ROUNDS, batch=BATCH)
   scores.add('tokens_kept', again.unchanged[0], unit='share', higher=True, samples=len(images),
              rounds=list(again.unchanged), of_the_first=list(again.kept), psnr_drift=again.drift)
 

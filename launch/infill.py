@@ -27,6 +27,7 @@ from smalti.launch import (
     evaluate,
     pictures,
     provenance,
+    real,
     run as runs,
     sample as sampling,
     state as states,
@@ -129,7 +130,7 @@ def agreements(data: Any, folder: pathlib.Path, labels: np.ndarray,
   network = open_extractor(data, references(folder))
   if classifies(network, data.open('eval')):
     return {name: agreeing(network, x, labels) / len(x) for name, x in sets.items()}
-  train, held_out = (evaluate.Split.read(data, split) for split in ('train', 'eval'))
+  train, held_out = (real.Split.read(data, split) for split in ('train', 'eval'))
   if train.images[0].size > evaluate.SMALL or len(train.images) > agreement.LARGEST:
     return None
   return {name: agreement.class_agreement(
@@ -180,6 +181,9 @@ def main(values: Any) -> int:
   source = data.open('eval')
   rows = subset(len(source), values.n)
   batch = source.read(rows)
+  if 'image' not in batch:
+    raise ValueError(f'{tokenizer.path} is an exported file and knows no images; name the run it '
+                     'is from with --tokenizer=RUN.')
   images, classes = batch['image'], batch.get('label')
   if values.conditional and (classes is None or not getattr(generator.config, 'classes', 0)):
     raise ValueError('--conditional needs examples with labels and a generator with classes.')

@@ -234,7 +234,7 @@ def _fitted(data: Any, shape: tuple[int, int, int], folder: pathlib.Path) -> Any
   if len(train.classes) < 2 or size > 4096:
     images = train.read(subset(len(train), most))['image']
     return features.Principal.fit(images, min(64, len(images) - 1, size))
-  key = seal({'data': serialization.to_json(data), 'of': len(train),
+  key = seal({'data': serialization.to_json(data), 'of': len(train), **_content(train, held_out),
               **({'rows': 'random'} if most < len(train) else {})})[:16]
   path = folder / f'fitted-{key}.npz'
   if not path.exists():
@@ -248,6 +248,7 @@ def _summaries(networks: list[Any], source: Any, data: Any, split: str, n: int,
                folder: pathlib.Path) -> list[Summary]:
   """Both networks' summaries of n real images, from `folder` where they are there."""
   key = seal({'data': serialization.to_json(data), 'split': split, 'n': n, 'of': len(source),
+              **_content(source),
               'networks': [features.identity(x) for x in networks],
               **({'rows': 'random'} if n < len(source) else {})})[:16]
   paths = [folder / f'{split}-{key}-{i}.npz' for i in range(len(networks))]
@@ -266,6 +267,12 @@ def _summaries(networks: list[Any], source: Any, data: Any, split: str, n: int,
       summary.save(path)
   say(f'{n} real images ({split}) through {networks[0].name} and its untrained twin')
   return found
+
+
+def _content(*sources: Any) -> dict[str, str]:
+  """The content of data that its config does not decide: files change below one path."""
+  found = [source.content for source in sources if hasattr(source, 'content')]
+  return {'content': ' '.join(found)} if found else {}
 
 
 def _accuracy(network: Any, source: Any, n: int) -> float | None:

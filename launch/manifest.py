@@ -9,6 +9,8 @@ import hashlib
 import os
 import pathlib
 
+from smalti.evaluation.files import whole
+
 NAME = 'MANIFEST.sha256'
 _HEADER = b'smalti manifest 1\n'
 # Orbax finishes these two after the manifest; no array and no configuration is read from them.
@@ -25,12 +27,8 @@ def write(folder: str | os.PathLike) -> None:
       digest, size = _digest(path)
       lines.append(f'{digest} {size} {name}\n'.encode())
   body = b''.join(lines)
-  temporary = folder / (NAME + '.tmp')
-  with open(temporary, 'wb') as file:
+  with whole(folder / NAME) as file:
     file.write(body + hashlib.sha256(body).hexdigest().encode() + b'\n')
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, folder / NAME)
 
 
 def identity(folder: str | os.PathLike) -> str:

@@ -44,7 +44,8 @@ def define(values: Any) -> None:
   from absl import flags
   flags.DEFINE_string('out', None, 'The folder of the results.', flag_values=values)
   flags.DEFINE_list('extractors', list(DATA), 'Packaged networks.', flag_values=values)
-  flags.DEFINE_integer('n', 5000, 'Images per rung, and of the reference.', flag_values=values)
+  flags.DEFINE_integer('n', 5000, 'Images per rung, and of the reference.', flag_values=values,
+                       lower_bound=2)
 
 
 def main(values: Any) -> int:

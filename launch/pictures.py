@@ -4,12 +4,13 @@ Tiny images are enlarged by whole factors without smoothing, so that a pixel sta
 """
 
 import os
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from smalti.evaluation.files import whole
 
 Images = Shaped[np.ndarray, '_b _h _w _c']  # uint8, checked below: floats are refused
 
@@ -68,14 +69,8 @@ def save_grid(path: str | os.PathLike, images: Images, columns: int | None = Non
   picture = Image.fromarray(np.concatenate([colours[..., :3], opaque], 2), 'RGBA')
   if labels is not None:
     _write_labels(picture, labels, images, columns, scale, band, footer)
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-  try:
-    picture.save(part, 'PNG', optimize=True)
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
+  with whole(path) as file:
+    picture.save(file, 'PNG', optimize=True)
 
 
 def _write_labels(picture: Image.Image, labels: Sequence[str], images: Images,

@@ -18,10 +18,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from smalti.evaluation.files import whole
+
 FORMAT = 1
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ('smalti', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
-_STARTED = time.perf_counter()
+
+
+class Clock:
+  """Wall and processor time from here on."""
+
+  def __init__(self):
+    self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+  @property
+  def seconds(self) -> float:
+    return time.perf_counter() - self._wall
+
+  @property
+  def cpu_seconds(self) -> float:
+    return time.process_time() - self._cpu
+
+
+_CLOCK = Clock()
 
 
 def record(
@@ -30,7 +49,8 @@ def record(
     results: Any,
     *,
     libraries: Sequence[str] = (),
-    seconds: float | None = None,
+    clock: Clock | None = None,
+    parts: Sequence[Mapping[str, Any]] = (),
     **extra: Any,
 ) -> dict:
   """Writes `results` to `path` as JSON together with their provenance, and returns the document.
@@ -39,29 +59,52 @@ def record(
     command: what a reader types to repeat it; None takes this process's own arguments.
     results: anything JSON can hold; numpy and jax scalars and arrays are converted.
     libraries: distributions whose versions matter beyond the usual ones.
-    seconds: wall time of the measurement; None counts from the import of this module.
+    clock: what was started with the measurement; None counts from the import of this module.
+    parts: documents that `results` are a summary of, whose commits, time and days are named.
     **extra: further top-level entries (dataset, seeds, ...), which may not replace ours.
   """
+  clock = clock or _CLOCK
   document = {
       'format': FORMAT,
       'command': _line(command),
-      **source(),
+      **_SOURCE,
       'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%dT%H:%M:%SZ'),
-      'seconds': round(time.perf_counter() - _STARTED if seconds is None else seconds, 2),
-      'cpu_seconds': round(time.process_time(), 2),
+      'seconds': round(clock.seconds, 2),
+      'cpu_seconds': round(clock.cpu_seconds, 2),
       'machine': machine(),
       'versions': versions((*LIBRARIES, *libraries)),
   }
+  if parts:
+    document = {**document, **joined(parts)}
+    del document['cpu_seconds']
   if clash := sorted({*document, 'results'} & set(extra)):
     raise ValueError(f'extra entries {clash} are written by record itself; choose other names.')
   document = {**document, **extra, 'results': results}
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
   text = portable(json.dumps(document, indent=2, default=_plain, allow_nan=False)) + '\n'
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  temporary.write_text(text)
-  temporary.replace(path)  # a reader sees the old file or the new one, never half of one
+  with whole(path) as file:
+    file.write(text.encode())
   return json.loads(text)
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """The commits of some documents, oldest first, all their seconds, and of the newest the rest."""
+  parts = sorted(parts, key=lambda part: part['date'])
+  commits = (commit for part in parts for commit in part.get('commits') or [_commit(part)])
+  return {'commits': list(dict.fromkeys(commits)),
+          **{name: parts[-1][name] for name in ('date', 'machine', 'versions')},
+          'seconds': round(sum(part['seconds'] for part in parts), 2)}
+
+
+def _commit(document: Mapping[str, Any]) -> str:
+  return (document['commit'] or 'unknown')[:10] + (' and changes' if document['modified'] else '')
+
+
+def commits(document: Mapping[str, Any]) -> str:
+  """'commit 1234567890', or where it was made from parts of several, the first and the last."""
+  found = document.get('commits') or [_commit(document)]
+  if len(found) > 3:
+    return f'{len(found)} commits from {found[0]} to {found[-1]}'
+  return f'commit{"s" * (len(found) > 1)} {", ".join(found)}'
 
 
 def portable(text: str) -> str:
@@ -125,6 +168,10 @@ def _git(*arguments: str) -> str | None:
   except (OSError, subprocess.TimeoutExpired):  # no git here: a wheel install
     return None
   return done.stdout.strip() if done.returncode == 0 else None
+
+
+# When the code is loaded: a commit made while it measures is not what it measures.
+_SOURCE = source()
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,6 @@ Pieces that a run does not have are left out; pieces that cannot be read are nam
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 import smalti
+from smalti.evaluation.files import whole
 from smalti.launch import charts, cli, page, portrait
 from smalti.launch.history import Path, Run, natural, read, step_of
 from smalti.launch.progress import say
@@ -63,9 +63,8 @@ def write_report(out: Path, runs: Sequence[tuple[str, Path]] | None = None, *,
     body += _section(run, f'run{i}', folder, alone=len(found) == 1)
   links = [(f'run{i}', run.title) for i, run in enumerate(found)] if len(found) > 1 else []
   text = page.document(title, body, links, text, f'Written by smalti {smalti.__version__}.')
-  part = folder / f'.index.{os.getpid()}.part'
-  part.write_text(text, encoding='utf-8')
-  os.replace(part, folder / 'index.html')
+  with whole(folder / 'index.html') as file:
+    file.write(text.encode())
   return folder / 'index.html'
 
 
@@ -299,7 +298,7 @@ def _flatten(tree: Any, path: str = '') -> dict[str, Any]:
 
 def _said(settings: dict[str, Any]) -> str:
   """Settings in a line, without those that are off and without identities."""
-  ignored = ('format', 'version', 'type', 'generator', 'fingerprint', 'settings')
+  ignored = ('format', 'version', 'type', 'generator', 'checkpoint', 'fingerprint', 'settings')
   return ' · '.join(f'{name} {_plain(value)}' for name, value in _flatten(settings).items()
                     if name.split('.')[0] not in ignored and value is not None)
 

@@ -18,8 +18,9 @@ import numpy as np
 from flax import nnx
 
 import smalti
+from smalti.evaluation import files
 from smalti.generators.generator import GeneratorConfig
-from smalti.launch import serialization, state as states
+from smalti.launch import manifest, serialization, state as states
 from smalti.launch.checkpoint import Checkpoints
 from smalti.launch.experiment import Experiment
 from smalti.launch.tracker import redact
@@ -60,6 +61,15 @@ class Loaded:
   weights: str
 
   @property
+  def identity(self) -> str:
+    """What names these very weights, in hex: the checkpoint's manifest, or the exported file."""
+    if self.experiment is not None:
+      return manifest.identity(self.path / 'checkpoints' / str(self.step))
+    if self.path.is_file():
+      return hashlib.sha256(self.path.read_bytes()).hexdigest()
+    return self.fingerprint
+
+  @property
   def data(self) -> Any:
     """The config of the data it was trained on.
 
@@ -73,10 +83,8 @@ class Loaded:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON so that a reader sees the old file or the new one, never half of it."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n')
-  os.replace(temporary, path)
+  with files.whole(path) as file:
+    file.write((json.dumps(value, indent=2, sort_keys=True) + '\n').encode())
 
 
 def check_format(item: dict, path: Any) -> None:
@@ -96,6 +104,8 @@ def read_config(workdir: pathlib.Path) -> dict:
     item = json.loads(path.read_text())
   except ValueError as error:
     raise ValueError(f'{path} is not JSON ({error}); restore it from a copy of the run.') from error
+  if not isinstance(item, dict):
+    raise ValueError(f'{path} is no config of a run; restore it from a copy of the run.')
   check_format(item, path)
   return item
 

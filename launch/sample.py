@@ -196,7 +196,8 @@ def record(generator: runs.Loaded, settings: Any, *, n: int, seed: int) -> dict:
   """All that is needed to draw the same samples again."""
   return {
       'format': runs.FORMAT, 'version': smalti.__version__, 'generator': str(generator.path),
-      'step': generator.step, 'weights': generator.weights, 'fingerprint': generator.fingerprint,
+      'step': generator.step, 'weights': generator.weights, 'checkpoint': generator.identity,
+      'fingerprint': generator.fingerprint,
       'settings': to_json(settings), 'n': n, 'seed': seed}
 
 

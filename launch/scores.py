@@ -4,7 +4,7 @@ from typing import Any
 
 from smalti.evaluation.manifest import Score, versions
 from smalti.evaluation.summary import Summary
-from smalti.launch import manifest, run as runs
+from smalti.launch import run as runs
 from smalti.launch.judge import Accumulation, Judge
 from smalti.launch.progress import say
 from smalti.launch.serialization import to_json
@@ -55,6 +55,6 @@ class Scores:
 
 def _mark(loaded: runs.Loaded) -> str:
   """16 hex digits of the model itself: the fingerprint of a generator is that of its tokenizer."""
-  if loaded.experiment is None or runs.kind(loaded.model) != 'generator':
+  if runs.kind(loaded.model) != 'generator':
     return loaded.fingerprint
-  return manifest.identity(loaded.path / 'checkpoints' / str(loaded.step))[:16]
+  return loaded.identity[:16]

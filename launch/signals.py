@@ -12,8 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
-
 
 class Preemption:
   """`with Preemption() as preemption:` around a loop that looks at `preemption.requested`.

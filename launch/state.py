@@ -20,7 +20,13 @@ TrainState = dict[str, Any]
 
 
 def stream(seed: int, purpose: str) -> jax.Array:
-  """The key of one purpose of a run: 'init', 'prepare', 'step', 'sample' or 'eval'."""
+  """The key of one purpose of a run: 'init', 'prepare', 'step', 'sample' or 'eval'.
+
+  Raises:
+    ValueError: a seed that has more than 32 bits, or a sign: keys would be those of another seed.
+  """
+  if not 0 <= seed < 2**32:
+    raise ValueError(f'seed={seed} must be in 0..2**32 - 1.')
   return jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
 
 

@@ -25,7 +25,7 @@ from smalti.evaluation import baselines, codes, reconstruction
 from smalti.evaluation.manifest import seal
 from smalti.evaluation.subset import subset
 from smalti.generators.generator import GeneratorConfig
-from smalti.launch import cells, exits, provenance, run as runs, state as states
+from smalti.launch import exits, locks, provenance, run as runs, signals, state as states
 from smalti.launch.evaluate import generator_scores
 from smalti.launch.experiment import Experiment
 from smalti.launch.fidelity import tokenizer_scores
@@ -62,6 +62,10 @@ class Study:
   out: pathlib.Path
   results: pathlib.Path
 
+  @property
+  def summary(self) -> pathlib.Path:
+    return self.results.with_name(f'{self.results.name}.json')
+
   def path(self, row: str) -> pathlib.Path:
     return self.results / f'{row.replace("/", "-").replace(" ", "_")}.json'
 
@@ -90,13 +94,21 @@ class Study:
     if name.startswith(ROW):
       path = self.trained(name.removeprefix(ROW))
       experiment = dataclasses.replace(experiment, tokenizer=str(path))
-    with cells.Folder(self.out, mark).lock():  # of the run, which several rows may share
-      train(experiment, folder)
+    train(experiment, folder)
     return folder
 
   def run(self, row: str, judge: Judge) -> None:
-    """Trains a row, or goes on with it, and writes its file."""
-    wall, experiment = time.perf_counter(), self.rows[row]
+    """Trains a row, or goes on with it, and writes its file.
+
+    Raises:
+      Taken: another process is at this row, or at a run that it needs.
+    """
+    with locks.hold(self.out / 'rows' / self.definition(row)):
+      if not signals.agreed(self.finished(row)):  # by another worker, meanwhile
+        self._run(row, judge)
+
+  def _run(self, row: str, judge: Judge) -> None:
+    clock, experiment = provenance.Clock(), self.rows[row]
     folder = self.trained(row)
     loaded = runs.load(folder)
     scores = Scores(loaded, quiet=True)
@@ -114,8 +126,8 @@ class Study:
     if len(runs.outline(folder).steps) > experiment.checkpoint.keep:
       results['curve'] = curve(folder, experiment)
     provenance.record(
-        self.path(row), f'smalti sweep --config={self.name} --rows={row}', results,
-        seconds=time.perf_counter() - wall, definition=self.definition(row),
+        self.path(row), ['smalti', 'sweep', f'--config={self.name}', f'--rows={row}'], results,
+        clock=clock, definition=self.definition(row), judge=judge.definition,
         experiment=to_json(experiment), fingerprint=loaded.fingerprint, images=IMAGES)
     say(f'{row}: ' + '  '.join(f'{k} {v:.4g}' for k, v in results.items()
                                if isinstance(v, int | float) and '_depth' not in k))
@@ -189,7 +201,7 @@ def record_baselines(study: Study, experiment: Experiment, bits: float) -> None:
   """What JPEG, principal components, k-means and the mean image reach with as many bits."""
   if study.path(BASELINES).exists():
     return
-  wall = time.perf_counter()
+  clock = provenance.Clock()
   sources = [experiment.data.open(split) for split in ('train', 'eval')]
   fitted, images = (source.read(subset(len(source), n))['image']
                     for source, n in zip(sources, (TRAIN, IMAGES)))
@@ -201,7 +213,7 @@ def record_baselines(study: Study, experiment: Experiment, bits: float) -> None:
           for point in found.at}
   rows['mean image'] = {'bits': 0.0, 'psnr': flat.psnr, 'ssim': flat.ssim}
   provenance.record(study.path(BASELINES), f'smalti sweep --config={study.name}', rows,
-                    libraries=('scikit-learn', 'pillow'), seconds=time.perf_counter() - wall,
+                    libraries=('scikit-learn', 'pillow'), clock=clock,
                     images=len(images), train=len(fitted),
                     sha256=hashlib.sha256(images.tobytes()).hexdigest())
 
@@ -210,20 +222,19 @@ def execute(study: Study, chosen: list[str], *, worker: int = 0, workers: int = 
   """Runs this worker's rows; returns how many failed. Tables come after every row."""
   failed, judges = 0, {}
   mine = [row for i, row in enumerate(chosen) if i % workers == worker]
+  todo = [row for row in mine if not study.finished(row)]
   say(f'{len(study.rows)} rows, {sum(map(study.finished, study.rows))} finished; '
-      f'{sum(not study.finished(row) for row in mine)} for this worker')
-  for row in mine:
-    if study.finished(row):
-      continue
+      f'{len(todo)} for this worker')
+
+  def run(row: str) -> None:
+    nonlocal failed
     experiment = study.rows[row]
     try:
       data = seal(_said(experiment.data))
       if data not in judges:
         judges[data] = open_judge(experiment.data, references(study.out), n=IMAGES)
       study.run(row, judges[data])
-    except cells.Taken as error:
-      say(f'{row}: {error}')
-    except (exits.Preempted, KeyboardInterrupt):
+    except (exits.Preempted, KeyboardInterrupt, locks.Taken):
       raise
     except Exception as error:
       failed += 1
@@ -232,12 +243,16 @@ def execute(study: Study, chosen: list[str], *, worker: int = 0, workers: int = 
       path.write_text(traceback.format_exc(), encoding='utf-8')
       say(f'{row} failed: {error}; see {path}')
     summarize(study)
+
+  locks.each(todo, run)
   return failed
 
 
 def summarize(study: Study) -> dict[str, Any]:
   """`RESULTS.json`: every row of the study, means and deviations over its seeds; not run, too."""
   rows: dict[str, Any] = {}
+  parts = [provenance.load(study.path(row))
+           for row in [*filter(study.finished, study.rows), BASELINES] if study.path(row).exists()]
   for name in dict.fromkeys(row.partition('/')[0] for row in study.rows):
     seeds = [row for row in study.rows if row.partition('/')[0] == name]
     found = [_whole(provenance.load(study.path(row))['results'])
@@ -249,7 +264,7 @@ def summarize(study: Study) -> dict[str, Any]:
       rows[name] = {'seeds': 0, 'state': 'baseline', **{
           key: {'mean': value, 'text': _text(value)} for key, value in row.items()}}
   provenance.record(
-      study.results.with_suffix('.json'), f'smalti sweep --config={study.name}', rows,
+      study.summary, f'smalti sweep --config={study.name}', rows, parts=parts,
       finished=sum(map(study.finished, study.rows)), rows=len(study.rows), images=IMAGES)
   return rows
 
@@ -331,5 +346,5 @@ def main(values: Any) -> int:
     record_baselines(study, rows[first], bits)
   summarize(study)
   say(f'{sum(map(study.finished, rows))} of {len(rows)} rows: '
-      f'{study.results.with_suffix(".json")}')
+      f'{study.summary}')
   return 1 if failed else 0

@@ -14,14 +14,13 @@ With --config=NAME it trains and scores the experiments of that config's `get_sw
 `launch/study.py`.
 """
 
-import contextlib
 import dataclasses
 import os
 import pathlib
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,19 +28,20 @@ import numpy as np
 
 from smalti.evaluation.manifest import Score, read_scores, write_scores
 from smalti.launch import (
-    cells,
-    cli,
-    curves,
-    exits,
-    gallery,
-    manifest,
-    mesh as meshes,
-    pictures,
-    provenance,
-    run as runs,
-    serialization,
-    signals,
-    study,
+  cells,
+  cli,
+  curves,
+  exits,
+  gallery,
+  locks,
+  manifest,
+  mesh as meshes,
+  pictures,
+  provenance,
+  run as runs,
+  serialization,
+  signals,
+  study,
 )
 from smalti.launch.cells import Cell, Folder, Log
 from smalti.launch.judge import Accumulation, Judge, open_judge, references
@@ -50,6 +50,9 @@ from smalti.launch.sample import Sampler, resolve_settings
 from smalti.launch.scores import Scores
 
 FORMAT = 1
+# Options of cells, of no use where the rows of a config are trained.
+CELLS = ('n', 'batch_size', 'checkpoint', 'weights', 'seed', 'mode', 'cells', 'extractor',
+         'inception_weights', 'tokenizer', 'save_samples', 'save_every')
 GRID = 64  # samples of the picture of a cell
 
 
@@ -185,7 +188,6 @@ class Sweep:
       done += 1
       if done % self.save_every == 0 or done == mine:
         accumulation.save(state, done)
-      folder.touch()
       if preemption is not None and preemption.requested:
         accumulation.save(state, done)
         raise exits.Preempted(f'stopped in cell {point.cell.id} after {done} batches; the same '
@@ -339,40 +341,32 @@ def execute(sweep: Sweep, points: Sequence[Point], *, worker: int = 0, workers: 
   mine = [point for i, point in enumerate(points) if i % workers == worker and point in todo]
   say(f'{len(points)} cells, {len(points) - len(todo)} finished before, {len(mine)} for this '
       f'worker, {-(-sweep.n // sweep.sampler.batch_size)} batches each')
-  failed = 0
-  with signals.Preemption() as preemption:
-    for i, point in enumerate(mine):
-      try:
-        with _held(sweep, point):
+  failed, places = 0, {point.cell.id: f'cell {i + 1}/{len(mine)}' for i, point in enumerate(mine)}
+
+  def run(point: Point) -> None:
+    nonlocal failed
+    name, folder = f'{places[point.cell.id]} {point.cell.id}', Folder(sweep.out, point.cell.id)
+    try:
+      if signals.agreed(preemption.requested):  # while others were waited for
+        raise exits.Preempted(f'stopped before cell {point.cell.id}; the same command goes on.')
+      with locks.hold(folder.path):
+        if signals.agreed(folder.done):
+          say(f'{name} was finished by another worker')
+        else:
           sweep.run(point, log, preemption)
-        say(f'cell {i + 1}/{len(mine)} {point.cell.id}  {_said(point, points)}')
-      except cells.Taken as error:
-        say(str(error))
-      except exits.Preempted:
-        raise
-      except Exception as error:
-        failed += 1
-        Folder(sweep.out, point.cell.id).fail(traceback.format_exc())
-        say(f'cell {i + 1}/{len(mine)} {point.cell.id} failed: {error}; see its ERROR')
-      if sweep.process == 0:
-        cells.write_tables(sweep.out)
-  return failed
-
-
-@contextlib.contextmanager
-def _held(sweep: Sweep, point: Point) -> Iterator[None]:
-  """Holds a cell for this process, or for all processes of a cluster."""
-  with contextlib.ExitStack() as stack:
-    taken = False
+          say(f'{name}  {_said(point, points)}')
+    except (exits.Preempted, locks.Taken):
+      raise
+    except Exception as error:
+      failed += 1
+      folder.fail(traceback.format_exc())
+      say(f'{name} failed: {error}; see its ERROR')
     if sweep.process == 0:
-      try:
-        stack.enter_context(Folder(sweep.out, point.cell.id).lock())
-        taken = Folder(sweep.out, point.cell.id).done  # since this worker made its list
-      except cells.Taken:
-        taken = True
-    if signals.agreed(taken):
-      raise cells.Taken(f'{point.cell.id} is held or was finished by another worker')
-    yield
+      cells.write_tables(sweep.out)
+
+  with signals.Preemption() as preemption:
+    locks.each(mine, run)
+  return failed
 
 
 def derive(out: pathlib.Path) -> tuple[list[cells.Row], pathlib.Path]:
@@ -450,7 +444,13 @@ def main(values: Any) -> int:
     raise ValueError(f'worker={values.worker} must be in 0..{values.num_workers - 1}.')
   meshes.distribute()
   if values.config:
+    unused = [f'settings.{name}' for name in values.settings]
+    if unused := unused + [name for name in CELLS if values[name].present]:
+      raise ValueError(f'--{unused[0]} has no place in a sweep over configs, whose rows say it; '
+                       'change a copy of the file, and name its path.')
     return study.main(values)
+  if values.rows:
+    raise ValueError(f'--rows={",".join(values.rows)} goes with --config=NAME.')
   if jax.process_count() > 1 and values.num_workers > 1:
     raise ValueError('The processes of a cluster share every cell; leave out --num_workers.')
   out = pathlib.Path(values.out or pathlib.Path(values.workdir[0]) / 'sweep')

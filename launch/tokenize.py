@@ -49,7 +49,8 @@ def define(values: Any) -> None:
   flags.DEFINE_string('data', None, "A packaged config's data, or a folder of images; "
                       "default the run's own data.", flag_values=values)
   flags.DEFINE_string('out', None, 'Where the token folder goes.', flag_values=values)
-  flags.DEFINE_integer('batch_size', 256, 'Examples per call.', flag_values=values)
+  flags.DEFINE_integer('batch_size', 256, 'Examples per call.', flag_values=values,
+                       lower_bound=1)
 
 
 def main(values: Any) -> int:

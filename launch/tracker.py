@@ -20,13 +20,15 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from smalti.evaluation.files import whole
+
 _log = logging.getLogger(__name__)
 
 REDACTED = '<redacted>'
 
 
 class Tracker:
-  """Logs scalars and images; on process 0 only, the others do nothing.
+  """Logs scalars; on process 0 only, the others do nothing.
 
   Args:
     workdir: the run's folder, made where missing.
@@ -65,15 +67,6 @@ class Tracker:
       self._mirror(lambda: self._run.log(
           {name: float(value) for name, value in line.items() if name != 'step'}, step=int(step)))
 
-  def images(self, step: int, name: str, images: np.ndarray) -> None:
-    """Sends images uint8[b h w c] or one uint8[h w c] to wandb; files are the caller's."""
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-      raise ValueError(f'images must be uint8 with 3 or 4 axes, got {images.dtype} with shape '
-                       f'{images.shape}.')
-    if self._run is not None:
-      self._mirror(lambda: self._run.log({name: self._pictures(images)}, step=int(step)))
-
   def finish(self) -> None:
     """Closes the file and the wandb run."""
     if self._run is not None:
@@ -97,10 +90,6 @@ class Tracker:
         project=project, dir=str(workdir), id=identity.read_text().strip(), resume='allow',
         mode=mode, config=redact(config),
         settings=wandb.Settings(silent=True, console='off', init_timeout=60))
-
-  def _pictures(self, images: np.ndarray) -> list:
-    import wandb
-    return [wandb.Image(image) for image in (images if images.ndim == 4 else images[None])]
 
   def _mirror(self, action) -> None:
     try:
@@ -137,12 +126,8 @@ def _cut(path: pathlib.Path, last: int) -> None:
       continue
     if line.endswith(b'\n') and step <= last:
       kept.append(line)
-  temporary = path.with_name(path.name + '.tmp')
-  with open(temporary, 'wb') as file:
+  with whole(path) as file:
     file.writelines(kept)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 def _number(value: Any) -> int | float | str:
@@ -217,4 +202,11 @@ def _redact_text(text: str, name: str = '') -> str:
   text = _SHAPES.sub(REDACTED, text)
   text = _ASSIGNED.sub(
       lambda match: match[1] + match[2] + REDACTED if _secret(match[1]) else match[0], text)
-  return text if _words(name) & _DIGESTS else _HEX40.sub(REDACTED, text)
+  return text if _words(name) & _DIGESTS else _HEX40.sub(_redact_hex, text)
+
+
+def _redact_hex(match: re.Match) -> str:
+  """What is part of a path is a revision, as in a cache of models; in a URL it may be a key."""
+  text, (first, last) = match.string, match.span()
+  inside = any(mark in ('/', '\\') for mark in (text[first - 1:first], text[last:last + 1]))
+  return match[0] if inside and '://' not in re.split(r'\s', text[:first])[-1] else REDACTED

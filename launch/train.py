@@ -6,6 +6,7 @@ The same command again resumes. SIGTERM finishes the step, saves and exits with 
 import dataclasses
 import functools
 import math
+import operator
 import pathlib
 import time
 from typing import Any
@@ -21,6 +22,7 @@ from smalti.generators.generator import GeneratorConfig
 from smalti.launch import (
   cli,
   codebooks,
+  locks,
   mesh as meshes,
   optimizer as optimizers,
   perceptual,
@@ -53,11 +55,13 @@ def train(experiment: Experiment, workdir: str | pathlib.Path, *,
 
   Raises:
     ValueError: a config that cannot run, or that is not the one of `workdir`.
+    Taken: another process trains in `workdir`.
     NonFinite: a loss, gradient or statistic was not finite; the state before it is kept.
     Preempted: SIGTERM or SIGINT; everything is saved.
   """
-  with Preemption() as preemption:
-    job = Job(experiment, pathlib.Path(workdir), init_from)
+  workdir = pathlib.Path(workdir)
+  with locks.hold(workdir, wait=True), Preemption() as preemption:
+    job = Job(experiment, workdir, init_from)
     try:
       with jax.set_mesh(job.mesh):
         return loop(job, preemption)
@@ -70,6 +74,7 @@ class Job:
 
   def __init__(self, experiment: Experiment, workdir: pathlib.Path, init_from: str | None):
     self.experiment, self.workdir = experiment, workdir
+    _check_counts(experiment)
     self.mesh = meshes.make(experiment.mesh)
     _check_batch(experiment, meshes.batch_devices(self.mesh))
     options = experiment.checkpoint
@@ -316,16 +321,16 @@ def loop(job: Job, preemption: Preemption) -> dict[str, float]:
         progress.report(step, f'loss {values["loss"]:.4f}  {timing["examples/second"]:.0f} ex/s')
         waited, clock, logged = 0.0, time.perf_counter(), step
       tracked = save and experiment.checkpoint.best is not None
+      pause = time.perf_counter()  # what follows is no part of a step
       if step % experiment.eval.every == 0 or (step == experiment.steps) or tracked:
         scores = job.evaluate()
         tracker.log(step, scores)
         say(f'held out, step {step}: ' + '  '.join(
             f'{k.removeprefix("eval/")} {v:.4f}' for k, v in scores.items()
             if k != 'eval/examples'))
-        clock = time.perf_counter()
       if save:
         job.save(_tracked(experiment, scores))
-        clock = time.perf_counter()
+      clock += time.perf_counter() - pause
       if stop:
         job.checkpoints.wait()
         raise Preempted(f'Preempted at step {step}, and saved; run the same command to go on.')
@@ -373,6 +378,14 @@ def _tracked(experiment: Experiment, scores: dict[str, float]) -> dict[str, floa
     raise ValueError(
         f'checkpoint.best={best!r} is not measured; held-out metrics are {", ".join(scores)}.')
   return scores
+
+
+def _check_counts(experiment: Experiment) -> None:
+  for name in ('steps', 'batch_size', 'accumulate', 'log.every', 'eval.every', 'eval.batches',
+               'checkpoint.every'):
+    value = operator.attrgetter(name)(experiment)
+    if value is not None and value < 1:
+      raise ValueError(f'{name}={value} must be 1 or more.')
 
 
 def _check_batch(experiment: Experiment, devices: int) -> None:

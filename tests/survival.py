@@ -301,7 +301,7 @@ def main() -> None:
   parser.add_argument('--out', default='docs/results/survival.json')
   options = parser.parse_args()
   from smalti.launch import provenance
-  start = time.monotonic()
+  clock = provenance.Clock()
   scratch = pathlib.Path(tempfile.mkdtemp(prefix='survival-'))
   environment = compiled_once(scratch)
   size = {'steps': options.steps, 'every': options.every, 'environment': environment}
@@ -329,7 +329,7 @@ def main() -> None:
   provenance.record(options.out, ['python', 'tests/survival.py', *sys.argv[1:]], results,
                     seed=options.seed,
                     libraries=('orbax-checkpoint', 'tensorstore', 'grain'),
-                    seconds=time.monotonic() - start)
+                    clock=clock)
   shutil.rmtree(scratch)
   print(f'survived; written to {options.out}')
 

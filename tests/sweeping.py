@@ -121,11 +121,10 @@ def main() -> int:
   parser.add_argument('--out', default=HERE.parent / 'docs' / 'results' / 'sweep.json')
   arguments = parser.parse_args()
   from smalti.launch import provenance
-  begin = time.perf_counter()
+  clock = provenance.Clock()
   with tempfile.TemporaryDirectory() as folder:
     found = experiment(pathlib.Path(folder))
-  provenance.record(arguments.out, 'python tests/sweeping.py', found,
-                    seconds=time.perf_counter() - begin)
+  provenance.record(arguments.out, 'python tests/sweeping.py', found, clock=clock)
   print(json.dumps(found, indent=1))
   return 0 if found['tables_identical'] and found['kills'] == len(KILLS) and (
       found['batches_killed'] <= found['batches_allowed']) else 1

@@ -202,3 +202,22 @@ def test_messages_name_value_rule_and_way_out(tmp_path):
   (tmp_path / source.paths[0]).write_bytes(b'broken')
   with pytest.raises(ValueError, match='was a good image when the run began'):
     source.read(np.array([0]))
+
+
+def test_content_is_of_the_bytes_and_labels_and_not_of_names(tmp_path):
+  for name in ('a', 'b'):
+    (tmp_path / name).mkdir()
+  for i in range(8):
+    picture(i).save(tmp_path / 'a' / f'{i}.png')
+
+  def content(split='train'):
+    return FolderConfig(path=str(tmp_path), size=SIZE).open(split).content
+
+  first = content()
+  assert content() == first != content('eval')
+  train = FolderConfig(path=str(tmp_path), size=SIZE).open('train').paths
+  picture(99).save(tmp_path / train[0])
+  changed = content()
+  assert changed != first
+  (tmp_path / train[1]).rename(tmp_path / 'b' / '1.png')
+  assert content() not in (first, changed)

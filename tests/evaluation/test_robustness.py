@@ -10,12 +10,12 @@ SPEC = TokenSpec(grid=(8, 8), vocab=(16,))
 LEVELS = np.arange(16, dtype=np.float32)[:, None]  # neighbours of k: k - 1, k + 1
 
 
-def encode(images):
+def encode(images, first=0):
   """One of 16 grey levels per pixel."""
   return (images[..., 0].astype(np.int32) // 16).reshape(len(images), 64, 1)
 
 
-def decode(tokens):
+def decode(tokens, first=0):
   return (tokens * 16 + 8).astype(np.uint8).reshape(len(tokens), 8, 8, 1)
 
 
@@ -108,7 +108,7 @@ def test_a_stable_tokenizer_keeps_its_tokens(images):
 
 
 def test_a_drifting_tokenizer_loses_them(images):
-  darker = lambda tokens: np.maximum(decode(tokens), 16) - 16  # noqa: E731 - one level per round
+  darker = lambda tokens, first: np.maximum(decode(tokens), 16) - 16  # noqa: E731 - one level per round
   low = images % 64  # levels 0..3: none is left after three rounds
   result = robustness.recode(encode, darker, SPEC, low, rounds=4, batch=9)
   level = encode(low)
@@ -121,9 +121,27 @@ def test_a_drifting_tokenizer_loses_them(images):
 
 def test_an_exact_tokenizer_has_no_psnr(images):
   spec = TokenSpec(grid=(64,), vocab=(256,))
-  result = robustness.recode(lambda x: x.reshape(-1, 64, 1).astype(np.int32),
-                             lambda t: t.astype(np.uint8).reshape(-1, 8, 8, 1), spec, images)
+  result = robustness.recode(lambda x, _: x.reshape(-1, 64, 1).astype(np.int32),
+                             lambda t, _: t.astype(np.uint8).reshape(-1, 8, 8, 1), spec, images)
   assert result.psnr == (None, None) and result.drift is None and result.kept == (1,)
+
+
+def test_a_tokenizer_that_draws_has_the_same_noise_in_every_batch_and_round(images):
+  def noise(first, n):
+    return np.stack([np.random.default_rng(first + i).integers(-9, 10, (8, 8, 1))
+                     for i in range(n)])
+
+  def encode_noisy(x, first):
+    return encode(np.clip(x.astype(int) + noise(first, len(x)), 0, 255))
+
+  def decode_noisy(tokens, first):
+    return np.clip(decode(tokens).astype(int) + noise(first, len(tokens)), 0, 255).astype(np.uint8)
+
+  for measure in (robustness.perturbed, robustness.recode):
+    found = [measure(encode_noisy, decode_noisy, SPEC, images, batch=batch) for batch in (7, 40)]
+    assert found[0] == found[1]
+  repeated = robustness.recode(lambda x, _: encode_noisy(x, 0), decode_noisy, SPEC, images, batch=7)
+  assert repeated != found[0]  # what a batch that always begins at 0 would give
 
 
 def test_refusals(images):

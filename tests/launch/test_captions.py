@@ -15,7 +15,7 @@ from smalti.data.utf8 import from_bytes
 from smalti.generators.autoregressive import AutoregressiveConfig, AutoregressiveSettings
 from smalti.generators.generator import example_keys
 from smalti.generators.text import ByteEncoderConfig, TextConfig
-from smalti.launch import evaluate, sample, state as states
+from smalti.launch import evaluate, real, sample, state as states
 from smalti.launch.scores import Scores
 from smalti.networks.transformer import TransformerConfig
 from smalti.tokenizers.spec import TokenSpec
@@ -98,7 +98,7 @@ def test_an_example_is_drawn_from_its_own_caption():
 def test_real_canvases_agree_with_their_captions():
   rows = CaptionsConfig(eval=200).open('eval').read(np.arange(200))
   texts = {name: rows[name] for name in ('text', 'text_mask', 'claims')}
-  held_out = evaluate.Split(rows['image'], None, texts)
+  held_out = real.Split(rows['image'], None, texts)
   scores = Scores(None, 'real', quiet=True)
   evaluate.evaluate_captions(scores, DATA, rows['image'], texts, held_out)
   share, whole = scores.rows

@@ -2,10 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -66,30 +62,6 @@ def test_tables_hold_finished_cells_in_the_order_of_their_axes(tmp_path):
   before = (tmp_path / 'results.csv').read_bytes()
   cells.write_tables(tmp_path)
   assert (tmp_path / 'results.csv').read_bytes() == before
-
-
-def test_a_cell_is_held_by_one_process_at_a_time(tmp_path):
-  folder = Folder(tmp_path, 'a' * 12)
-  code = ('import pathlib, sys; from smalti.launch.cells import Folder, Taken\n'
-          f'folder = Folder(pathlib.Path({str(tmp_path)!r}), {"a" * 12!r})\n'
-          'try:\n  with folder.lock(): print("got")\nexcept Taken: print("taken")')
-
-  def other():
-    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
-                          check=True).stdout.strip()
-
-  with folder.lock():
-    assert other() == 'taken'
-  assert other() == 'got'
-  lock = folder.path / 'LOCK'
-  gone = subprocess.Popen([sys.executable, '-c', 'pass'])
-  gone.wait()
-  lock.write_text(json.dumps({'host': os.uname().nodename, 'pid': gone.pid}))
-  assert other() == 'got'  # its process is gone
-  lock.write_text(json.dumps({'host': 'another', 'pid': 1}))
-  assert other() == 'taken'
-  os.utime(lock, (time.time() - cells.STALE - 1,) * 2)
-  assert other() == 'got'  # nothing was heard of it for long
 
 
 def test_a_failure_is_kept_until_the_cell_is_tried_again(tmp_path):

@@ -12,7 +12,7 @@ from smalti.data.digits import DigitsConfig
 from smalti.evaluation.manifest import read_file, read_scores
 from smalti.evaluation.subset import subset
 from smalti.evaluation.summary import Accumulator
-from smalti.launch import cli, evaluate, judge as judges, provenance, trees
+from smalti.launch import cli, evaluate, judge as judges, provenance, real, trees
 from smalti.launch.sample import Samples
 from smalti.launch.scores import Scores
 from smalti.launch.train import train
@@ -83,11 +83,11 @@ def test_samples_are_judged_by_random_ones_of_them(digits, tmp_path, monkeypatch
 
 def test_it_is_said_how_much_of_the_training_data_was_looked_at(digits, tmp_path, monkeypatch):
   np.savez(tmp_path / 'a.npz', arr_0=digits[0])
-  monkeypatch.setattr(evaluate, 'LARGEST', 479)
+  monkeypatch.setattr(real, 'LARGEST', 479)
   evaluate.evaluate_file(tmp_path / 'a.npz', 'digits_vq')
   found = values(tmp_path / 'a.scores.json')['nearest']
   assert found.reference_samples == 479 and found.beside['train_share'] == 479 / 1437
-  train, held_out = (evaluate.Split.read(DigitsConfig(), name) for name in ('train', 'eval'))
+  train, held_out = (real.Split.read(DigitsConfig(), name) for name in ('train', 'eval'))
   tokens = np.zeros((5, 4, 1), np.int32)
   monkeypatch.setattr(evaluate, 'tokenized', lambda *_: tokens)
   loaded: Any = SimpleNamespace(model=SimpleNamespace(likelihood=lambda settings: None))
@@ -239,5 +239,28 @@ def test_a_floor_of_fewer_images_has_all_classes(order, tmp_path, monkeypatch):
   assert len(set(rows)) == 40 and set(labels[rows]) == set(range(10))
   expected = judge.extractor(images[rows])['features']
   np.testing.assert_allclose(judge.held_out[0].moments.mean, expected.mean(0), rtol=1e-5)
-  split = evaluate.Split.read(DigitsConfig(), 'train')
+  split = real.Split.read(DigitsConfig(), 'train')
   np.testing.assert_array_equal(split.images, images)
+
+
+def test_real_images_are_summarised_anew_when_their_content_changed(tmp_path, monkeypatch):
+  class Source:
+    classes = ('a', 'b')
+
+    def __init__(self, images, content):
+      self.images, self.content = images, content
+
+    def __len__(self):
+      return len(self.images)
+
+    def read(self, indices):
+      return {'image': self.images[indices], 'label': np.zeros(len(indices), np.int32)}
+
+  def judged(seed, content):
+    images = np.random.default_rng(seed).integers(0, 256, (20, 4, 4, 1), np.uint8)
+    monkeypatch.setattr(DigitsConfig, 'open', lambda self, split: Source(images, content))
+    return judges.open_judge(DigitsConfig(), tmp_path, n=10).definition
+
+  first = judged(0, 'x')
+  assert judged(1, 'x') == first  # kept: it is said to be the same
+  assert judged(1, 'y') != first

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from smalti.configs import digits_masked, digits_vq
+from smalti.data.tokens import TokensConfig
 from smalti.generators.autoregressive import AutoregressiveSettings
 from smalti.launch import cli, history, infill, provenance
 from smalti.launch.train import train
@@ -71,7 +73,6 @@ def test_hidden_pixels_are_gray_and_known_ones_as_they_were():
 
 @pytest.fixture(scope='module')
 def generator(tmp_path_factory):
-  from smalti.configs import digits_masked, digits_vq
   folder = tmp_path_factory.mktemp('runs')
   train(digits_vq.get_config('debug'), folder / 'tokenizer')
   experiment = digits_masked.get_config('debug')
@@ -168,3 +169,19 @@ def test_refusals_are_one_line(generator, capfd):
   lines = capfd.readouterr().err.strip().splitlines()
   assert [bool(word in line) for word, line in zip(
       ('--workdir', 'below 1', 'infill with a generator'), lines)] == [True] * 3
+
+
+def test_stored_tokens_whose_tokenizer_is_a_file_need_its_run(generator, capfd, tmp_path):
+  run = generator.parent / 'tokenizer'
+  path, tokens = tmp_path / 'tokenizer.safetensors', tmp_path / 'tokens'
+  assert cli.main(['export', f'--workdir={run}', f'--out={path}']) == 0
+  assert cli.main(['tokenize', f'--workdir={path}', '--data=digits_vq', f'--out={tokens}']) == 0
+  experiment = digits_masked.get_config('debug')
+  experiment.tokenizer, experiment.data = str(path), TokensConfig(path=str(tokens))
+  train(experiment, tmp_path / 'run')
+  capfd.readouterr()
+  assert cli.main(['infill', f'--workdir={tmp_path / "run"}', '--n=2', '--draws=1']) == 2
+  line = capfd.readouterr().err.strip().splitlines()[-1]
+  assert 'tokenizer.safetensors is an exported file and knows no images; name the run' in line
+  assert cli.main(['infill', f'--workdir={tmp_path / "run"}', '--n=2', '--draws=1',
+                   f'--tokenizer={run}']) == 0

@@ -9,7 +9,7 @@ import pytest
 from smalti.configs import cifar10_md4
 from smalti.data.digits import DigitsConfig
 from smalti.evaluation.subset import subset
-from smalti.launch import evaluate, reconstruct, run as runs
+from smalti.launch import evaluate, likelihood, real, reconstruct, run as runs
 from smalti.launch.experiment import MeshConfig
 from smalti.launch.sample import draw
 from smalti.launch.scores import Scores
@@ -41,7 +41,7 @@ def test_a_generator_of_pixels_trains_and_draws_images(tmp_path, monkeypatch):
   assert drawn.images.dtype == np.uint8 and drawn.images.shape == (2, 8, 8, 1)
   np.testing.assert_array_equal(drawn.images.reshape(2, 64, 1), drawn.tokens)
   splits = [dataclasses.replace(x, images=x.images[:64], labels=x.labels[:64])
-            for x in (evaluate.Split.read(DigitsConfig(), name) for name in ('train', 'eval'))]
+            for x in (real.Split.read(DigitsConfig(), name) for name in ('train', 'eval'))]
   found = Scores(loaded, quiet=True)
   evaluate.evaluate_generator(loaded, pixels, found, *splits, drawn, seed=0)
   bits = {score.name: score for score in found.rows}['bits_per_token_held_out']
@@ -49,13 +49,13 @@ def test_a_generator_of_pixels_trains_and_draws_images(tmp_path, monkeypatch):
   asked, nats = [], type(loaded.model).nats
   monkeypatch.setattr(type(loaded.model), 'nats', lambda self, batch, *, key, settings: (
       asked.append(settings), nats(self, batch, key=key, settings=settings))[1])
-  monkeypatch.setattr(evaluate, 'SCORED', 16)  # of 64
+  monkeypatch.setattr(likelihood, 'SCORED', 16)  # of 64
   few = Scores(loaded, quiet=True)
   evaluate.evaluate_generator(loaded, pixels, few, *splits, drawn, seed=0, settings=settings)
   assert asked == [settings] * 2  # the law of what is drawn: training images, held-out ones
   bits = {score.name: score for score in few.rows}['bits_per_token_held_out']
   tokens = reconstruct.tokenized(pixels, splits[1].images[subset(64, 16)])
-  again, _ = evaluate.bits_per_token(loaded, tokens, {}, key=stream(0, 'eval'))
+  again, _ = likelihood.bits_per_token(loaded, tokens, {}, key=stream(0, 'eval'))
   assert bits.samples == 16 and bits.value == pytest.approx(again, rel=1e-6)
   assert bits.beside['bits_per_dimension'] == pytest.approx(bits.value)
   with pytest.raises(ValueError, match='was trained on tokenizer'):

@@ -48,3 +48,31 @@ def test_what_record_refuses(tmp_path):
   with pytest.raises(ValueError, match='7.0'):
     provenance.load(tmp_path / 'b.json')
   assert not (tmp_path / 'a.json').exists()
+
+
+def test_parts_are_named_by_their_commits_and_their_time(tmp_path):
+  parts = [{'commit': letter * 40, 'modified': letter == 'b', 'date': f'2001-01-0{day}T',
+            'seconds': day, 'machine': {'cores': day}, 'versions': {}}
+           for day, letter in ((2, 'b'), (1, 'a'), (3, 'a'))]
+  found = provenance.record(tmp_path / 'a.json', 'x', {}, parts=parts)
+  assert found['commits'] == ['a' * 10, 'b' * 10 + ' and changes']
+  assert (found['seconds'], found['date']) == (6, '2001-01-03T')
+  assert found['machine'] == {'cores': 3} and 'cpu_seconds' not in found  # of older ones, unknown
+  assert provenance.commits(found) == f'commits {"a" * 10}, {"b" * 10} and changes'
+  again = provenance.joined([found, {**parts[0], 'commit': 'c' * 40, 'date': '2002'},
+                             {**parts[0], 'commit': 'd' * 40, 'date': '2003'}])
+  assert provenance.commits(again) == f'4 commits from {"a" * 10} to {"d" * 10} and changes'
+  assert provenance.commits({**parts[1]}) == f'commit {"a" * 10}'
+
+
+def test_a_clock_counts_from_its_start(tmp_path):
+  sum(range(5_000_000))  # what came before is not counted
+  found = provenance.record(tmp_path / 'a.json', 'x', {}, clock=provenance.Clock())
+  assert found['seconds'] < .05 and found['cpu_seconds'] < .05
+  assert provenance.record(tmp_path / 'a.json', 'x', {})['cpu_seconds'] > .05
+
+
+def test_the_commit_is_that_of_the_code_that_was_loaded(tmp_path, monkeypatch):
+  before = provenance.record(tmp_path / 'a.json', 'x', {})
+  monkeypatch.setattr(provenance, '_git', lambda *_: 'f' * 40)  # a commit since
+  assert provenance.record(tmp_path / 'a.json', 'x', {})['commit'] == before['commit']

@@ -44,6 +44,18 @@ CONFIGS = {
     'missing tokenizer': (
         ['--config=digits_ar:debug', '--config.tokenizer=nowhere', *DEBUG], 'nowhere'),
     'no tokenizer': (['--config=digits_ar:debug', '--config.tokenizer=none', *DEBUG], 'tokenizer'),
+    'no micro-batches': (['--config=digits_vq:debug', '--config.accumulate=0'],
+                         'accumulate=0 must be 1 or more'),
+    'a log every 0 steps': (['--config=digits_vq:debug', '--config.log.every=0'],
+                            'log.every=0 must be 1 or more'),
+    'an evaluation every 0 steps': (['--config=digits_vq:debug', '--config.eval.every=0'],
+                                    'eval.every=0 must be 1 or more'),
+    'a checkpoint every -1 steps': (['--config=digits_vq:debug', '--config.checkpoint.every=-1'],
+                                    'checkpoint.every=-1 must be 1 or more'),
+    'a seed of 33 bits': (['--config=digits_vq:debug', f'--config.seed={2**32}', *DEBUG],
+                          'must be in 0..2**32 - 1'),
+    'a seed below 0': (['--config=digits_vq:debug', '--config.seed=-1', *DEBUG],
+                       'must be in 0..2**32 - 1'),
     'untracked metric': (['--config=digits_vq:debug', '--config.checkpoint.best=eval/fid', *DEBUG],
                          'eval/fid'),
 }
@@ -88,13 +100,17 @@ def test_an_unknown_checkpoint_format(capfd, tokenizer, tmp_path):
   (run / 'config.json').write_text(json.dumps({**item, 'format': 7, 'version': '3.2.1'}))
   said = refused(capfd, 'reconstruct', f'--workdir={run}')
   assert 'format 7' in said and '3.2.1' in said
+  for text in ('[]', '3', '{'):
+    (run / 'config.json').write_text(text)
+    assert 'restore it from a copy' in refused(capfd, 'reconstruct', f'--workdir={run}')
 
 
 @pytest.mark.parametrize('verb, word', [
     ('sample', 'is a tokenizer'), ('tokenize', '--out'), ('export', '--out'),
-    ('reconstruct', '1 or more'), ('evaluate', '2 or more')])
+    ('reconstruct', '1 or more'), ('evaluate', '2 or more'), ('tokenize', 'batch_size=0')])
 def test_a_verb_on_the_wrong_thing(capfd, tokenizer, verb, word):
-  extra = {'reconstruct': ['--n=0'], 'evaluate': ['--n=1']}.get(verb, [])
+  extra = {'reconstruct': ['--n=0'], 'evaluate': ['--n=1'],
+           'tokenize': ['--batch_size=0'] * (word != '--out')}.get(verb, [])
   assert word in refused(capfd, verb, f'--workdir={tokenizer}', *extra)
 
 

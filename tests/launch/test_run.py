@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -236,6 +237,72 @@ def test_a_damaged_export_is_refused(tokenizer, tmp_path):
   path.write_bytes(data[:200])
   with pytest.raises(ValueError, match='cannot be read'):
     runs.load(path)
+
+
+def test_any_flipped_bit_of_an_exported_generator_is_noticed(generator, tmp_path):
+  path = tmp_path / 'generator.safetensors'
+  export.save(runs.load(generator), path)
+  whole = path.read_bytes()
+  assert runs.load(path).fingerprint == runs.load(generator).fingerprint
+  path.write_bytes(whole.replace(b'"leaves"', b'"leafes"'))
+  with pytest.raises(ValueError, match='does not say which leaves'):
+    runs.load(path)
+  start = 8 + int.from_bytes(whole[:8], 'little')
+  places = np.random.default_rng(0).integers(start, len(whole), 30)
+  for place in (start, len(whole) - 1, *places):  # leaves
+    data = bytearray(whole)
+    data[place] ^= 1 << int(place) % 8
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match='damaged'):
+      runs.load(path)
+
+
+@pytest.mark.parametrize('name, value', [
+    ('step', 'x'), ('config', '{'), ('config', '[]'), ('spec', '7'), ('spec', '{'), ('format', ''),
+    ('fingerprint', None), ('weights', None)])
+def test_metadata_of_an_export_that_make_no_sense(tokenizer, tmp_path, name, value):
+  path = tmp_path / 'tokenizer.safetensors'
+  export.save(runs.load(tokenizer), path)
+  data = path.read_bytes()
+  start = 8 + int.from_bytes(data[:8], 'little')
+  header = json.loads(data[8:start])
+  header['__metadata__'].pop(name)
+  header['__metadata__'].update({name: value} if value is not None else {})
+  text = json.dumps(header).encode()
+  text += b' ' * (-len(text) % 8)
+  path.write_bytes(len(text).to_bytes(8, 'little') + text + data[start:])
+  assert cli.main(['tokenize', f'--workdir={path}', '--data=digits_vq', '--out=x']) == 2
+
+
+def test_a_run_is_named_by_its_very_weights(generator, tmp_path):
+  first, raw = runs.load(generator), runs.load(generator, weights='raw')
+  assert first.identity == raw.identity  # of the checkpoint, which holds both
+  experiment = first.experiment
+  experiment.seed = 3
+  train(experiment, tmp_path / 'retrained')
+  assert runs.load(tmp_path / 'retrained').identity != first.identity
+  export.save(first, tmp_path / 'a.safetensors')
+  export.save(runs.load(tmp_path / 'retrained'), tmp_path / 'b.safetensors')
+  assert (runs.load(tmp_path / 'a.safetensors').identity
+          != runs.load(tmp_path / 'b.safetensors').identity)
+
+
+def test_time_of_a_step_leaves_out_evaluations_and_saves(tmp_path, monkeypatch):
+  from smalti.launch import train as training
+  evaluate = training.Job.evaluate
+
+  def slow(self):
+    time.sleep(1.0)
+    return evaluate(self)
+
+  monkeypatch.setattr(training.Job, 'evaluate', slow)
+  experiment = config('digits_vq', steps='13')
+  experiment.log.every, experiment.eval.every, experiment.checkpoint.every = 4, 3, 5
+  train(experiment, tmp_path)
+  lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  found = {line['step']: line['seconds/step'] for line in lines if 'seconds/step' in line}
+  assert set(found) == {1, 4, 5, 8, 10, 12, 13}
+  assert max(found[step] for step in (4, 5, 8, 10, 12, 13)) < .3
 
 
 def test_non_finite_data_stops_before_the_update(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,20 @@ def test_another_job_in_the_folder_and_damaged_parts_are_refused(workdir, tmp_pa
   before = (out / 'samples-00001.npz').read_bytes()
   assert cli.main(command(workdir, out, '--seed=1')) == 2
   assert 'another job, with other seed' in capsys.readouterr().err
+  retrained = shutil.copytree(workdir, tmp_path / 'generator')
+  item = json.loads((retrained / 'config.json').read_text())
+  shutil.rmtree(retrained / 'checkpoints')
+  experiment = digits_masked.get_config('debug')
+  experiment.steps, experiment.mesh.data, experiment.seed = 1, 1, 5
+  experiment.tokenizer = item['experiment']['tokenizer']
+  train(experiment, retrained)
+  (tmp_path / 'generator').rename(tmp_path / 'aside')
+  workdir.rename(tmp_path / 'first')
+  (tmp_path / 'aside').rename(workdir)
+  assert cli.main(command(workdir, out)) == 2
+  assert 'another job, with other checkpoint' in capsys.readouterr().err
+  workdir.rename(tmp_path / 'aside')
+  (tmp_path / 'first').rename(workdir)
   (out / 'samples-00001.npz').write_bytes(before[:-1])
   with pytest.raises(ValueError, match='missing or damaged'):
     open_gallery(out)

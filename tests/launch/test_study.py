@@ -6,7 +6,7 @@ import json
 import pytest
 
 from smalti.configs import digits_fsq
-from smalti.launch import cli, provenance, study, trees
+from smalti.launch import cli, locks, provenance, study, trees
 from smalti.launch.study import Study, definition, execute, summarize
 from smalti.tokenizers.scalar import FSQConfig
 
@@ -141,18 +141,53 @@ def test_rows_are_trained_scored_and_gone_on_with(tmp_path, config):
   assert rows['wide']['state'] == 'not run' and rows['mean image']['state'] == 'baseline'
 
 
-def test_rows_that_share_a_run_share_its_lock(tmp_path, monkeypatch):
+def test_samplers_of_one_model_share_its_run(tmp_path, monkeypatch):
   from smalti.configs import digits_masked
   from smalti.generators.unmasking import MaskedSettings
   row = digits_masked.get_config('debug')
   rows = {'masked': row,
           'ancestral': dataclasses.replace(row, settings=MaskedSettings(sampler='ancestral')),
           'more': dataclasses.replace(row, steps=3)}
-  asked, held = Study('rows', rows, tmp_path, tmp_path), []
-  monkeypatch.setattr(study, 'train', lambda *_: held.append(list(tmp_path.rglob('LOCK'))))
-  folders = [asked.trained(name) for name in rows]
+  monkeypatch.setattr(study, 'train', lambda *_: None)
+  folders = [Study('rows', rows, tmp_path, tmp_path).trained(name) for name in rows]
   assert folders[0] == folders[1] != folders[2]
-  assert held[0] == held[1] != held[2] and [len(locks) for locks in held] == [1, 1, 1]
+
+
+def test_a_worker_comes_back_to_rows_that_another_holds(tmp_path, config, monkeypatch, capsys):
+  monkeypatch.setattr(study, 'open_judge', lambda *_, **__: None)
+  asked, run = plan(tmp_path), []
+
+  def fake(self, row, judge):
+    if row == 'fsq':  # the first worker trains the tokenizer of a row of the second
+      with pytest.raises(pytest.fail.Exception, match='not for ever'):
+        with monkeypatch.context() as patch:
+          patch.setattr(locks.time, 'sleep', lambda _: pytest.fail('not for ever', pytrace=False))
+          patch.setattr(Study, '_run', record)
+          execute(asked, ['wide', 'fsq', 'fsq/1'])
+    record(self, row, judge)
+
+  def record(self, row, judge):
+    run.append(row)
+    provenance.record(self.path(row), 'x', {'psnr': 1.0}, definition=self.definition(row))
+
+  monkeypatch.setattr(Study, '_run', fake)
+  assert execute(asked, ['fsq', 'fsq/1']) == 0
+  assert run == ['wide', 'fsq/1', 'fsq']
+  assert 'is held by process' in capsys.readouterr().err
+
+
+def test_a_summary_names_the_commits_and_the_time_of_its_rows(tmp_path, config, scored):
+  asked = plan(tmp_path)
+  execute(asked, ['fsq', 'wide'])
+  for row, commit, seconds in (('fsq', 'a' * 40, 600), ('wide', 'b' * 40, 30)):
+    found = provenance.load(asked.path(row))
+    asked.path(row).write_text(json.dumps({**found, 'commit': commit, 'modified': False,
+                                           'seconds': seconds, 'date': f'2001-01-0{len(row)}'}))
+  summarize(asked)
+  found = provenance.load(asked.summary)
+  assert found['commits'] == ['a' * 10, 'b' * 10]
+  assert (found['seconds'], found['date']) == (630, '2001-01-04')
+  assert provenance.commits(found) == f'commits {"a" * 10}, {"b" * 10}'
 
 
 @pytest.mark.slow
