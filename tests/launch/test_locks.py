@@ -116,6 +116,22 @@ def test_rivals_that_come_and_go_are_never_two_and_never_fail(tmp_path):
   assert errors == [] and most == [1] and got[0] > 20
 
 
+def test_a_file_that_its_holder_just_removed_is_no_lock(tmp_path, monkeypatch):
+  locked, calls = locks._locked, []
+
+  def late(file):
+    if not calls:
+      (tmp_path / LOCK).unlink()  # between our opening and our locking
+    calls.append(file)
+    return locked(file)
+
+  monkeypatch.setattr(locks, '_locked', late)
+  with hold(tmp_path):
+    with pytest.raises(Taken):
+      with hold(tmp_path):
+        pass
+
+
 def test_another_machine_is_believed_until_it_is_silent(tmp_path):
   left_behind(tmp_path, 'another')
   with pytest.raises(Taken, match='process 7 of afar'):
