@@ -43,13 +43,14 @@ def train(bench: Bench) -> Iterator[Row]:
 def _loop(bench: Bench, config: str) -> dict:
   import jax
 
-  from smalti.launch import train as training
   from smalti.launch.exits import Preempted
+  from smalti.launch.job import Job
+  from smalti.launch.train import loop as training
   experiment = trees.load_config(config)
   # what costs by the step stays: data, logging, flags; evaluation and saving have their own cadence
   experiment.steps, experiment.checkpoint.best = 10**6, None
   experiment.checkpoint.every = experiment.eval.every = experiment.steps
-  job: Any = training.Job(experiment, bench.folder / config, None)
+  job: Any = Job(experiment, bench.folder / config, None)
   job.compile()
   job.compile, job.save = (lambda: None), (lambda metrics: None)  # once; not at all
 
@@ -68,7 +69,7 @@ def _loop(bench: Bench, config: str) -> dict:
     job.start, stop = int(job.state['step']), After(calls)
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stderr(nowhere):
       with contextlib.suppress(Preempted):
-        training.loop(job, cast(Any, stop))
+        training(job, cast(Any, stop))
 
   batch = next(job.batches(0))
 

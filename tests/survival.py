@@ -40,7 +40,7 @@ SMALL = ('--config.batch_size=16', '--config.log.every=1', '--config.eval.every=
 
 def child(arguments: list[str]) -> None:
   """`smalti train` that says where it is, and whose disk may be full."""
-  from smalti.launch import checkpoint, cli, manifest, signals, train
+  from smalti.launch import checkpoint, cli, job, manifest, signals
 
   def say(text):
     os.write(2, f'@ {text}\n'.encode())
@@ -58,8 +58,8 @@ def child(arguments: list[str]) -> None:
     setattr(owner, name, wrapper)
 
   between(signals.Preemption, '__enter__', 'run enters', 'run begins')
-  between(train.Job, 'compile', 'compile begins', 'compile ends')
-  between(train.Job, 'evaluate', 'evaluation begins', 'evaluation ends')
+  between(job.Job, 'compile', 'compile begins', 'compile ends')
+  between(job.Job, 'evaluate', 'evaluation begins', 'evaluation ends')
   between(checkpoint.Checkpoints, '_read', 'restore begins', 'restore ends')
   between(manifest, 'write', 'manifest begins', 'manifest ends')
   save, full = checkpoint.Checkpoints.save, int(os.environ.get('SURVIVAL_FULL', 0))

@@ -8,7 +8,7 @@ import sys
 
 import jax
 
-from smalti.launch import mesh, train, trees
+from smalti.launch import job, mesh, train, trees
 
 
 def main(workdir, tokenizer, steps, out):
@@ -18,14 +18,14 @@ def main(workdir, tokenizer, steps, out):
       ('mesh.fsdp', '-1'), ('checkpoint.best', 'none'), ('log.every', '1'),
       ('model.label_dropout', '0.0'), ('model.transformer.dropout', '0.0')])
   seen = []
-  batches = train.pipeline.batches
+  batches = job.pipeline.batches
 
   def watched(*args, **kwargs):
     for rows in batches(*args, **kwargs):
       seen.append(rows['index'].tolist())
       yield rows
 
-  train.pipeline.batches = watched
+  job.pipeline.batches = watched
   scores = train.train(experiment, workdir)
   with open(f'{out}.{jax.process_index()}', 'w') as file:
     json.dump({'index': seen, 'scores': scores, 'devices': len(jax.devices())}, file)

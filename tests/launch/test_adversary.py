@@ -13,8 +13,9 @@ from safetensors import safe_open
 
 from smalti.launch import export, optimizer as optimizers, run as runs, state as states
 from smalti.launch.experiment import MeshConfig, OptimizerConfig
+from smalti.launch.job import Job, _discriminator
 from smalti.launch.step import eval_step, train_step
-from smalti.launch.train import Job, _discriminator, train
+from smalti.launch.train import train
 from smalti.networks.discriminator import PatchDiscriminatorConfig
 from smalti.tokenizers.adversary import AdversaryConfig
 from smalti.tokenizers.autoencoder import AutoencoderConfig

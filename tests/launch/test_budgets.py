@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 from smalti.launch import budgets, cli, export, run as runs, state as states, trees
+from smalti.launch.job import Job
 from smalti.launch.reconstruct import decoded, lengths, reconstruct, settings_of
 from smalti.launch.serialization import to_json
-from smalti.launch.train import Job, train
+from smalti.launch.train import train
 from smalti.tokenizers.spec import TokenSpec
 
 

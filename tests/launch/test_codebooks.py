@@ -11,7 +11,7 @@ from flax import nnx
 from smalti.configs import digits_resgen, digits_rvq
 from smalti.launch import codebooks, run as runs
 from smalti.launch.experiment import CheckpointConfig
-from smalti.launch.train import Job
+from smalti.launch.job import Job
 from smalti.tokenizers.autoencoder import AutoencoderConfig
 from smalti.tokenizers.grouped import GroupedConfig
 from smalti.tokenizers.partitioned import PartitionedConfig

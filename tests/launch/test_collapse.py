@@ -12,8 +12,8 @@ from flax import nnx
 from smalti.data.digits import DigitsConfig
 from smalti.launch import state as states
 from smalti.launch.collapse import NORMS, PATIENCE, Monitor
+from smalti.launch.job import monitor
 from smalti.launch.step import train_step
-from smalti.launch.train import monitor
 from smalti.tokenizers.autoencoder import AutoencoderConfig
 from smalti.tokenizers.binary import LFQConfig
 from smalti.tokenizers.image import LossWeights

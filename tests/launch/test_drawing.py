@@ -11,7 +11,8 @@ import pytest
 from smalti.data.digits import DigitsConfig
 from smalti.data.tokens import TokensConfig
 from smalti.launch import cli, probe, reconstruct, run as runs, step, tokenize, trees
-from smalti.launch.train import Job, train
+from smalti.launch.job import Job
+from smalti.launch.train import train
 
 
 @pytest.fixture(scope='module')

@@ -13,8 +13,8 @@ from flax import nnx
 from smalti.generators.autoregressive import AutoregressiveConfig
 from smalti.launch import mesh as meshes, run as runs, state as states
 from smalti.launch.experiment import MeshConfig
+from smalti.launch.job import unoptimized
 from smalti.launch.step import train_step
-from smalti.launch.train import unoptimized
 from smalti.networks.transformer import TransformerConfig
 from smalti.tokenizers.autoencoder import AutoencoderConfig
 from smalti.tokenizers.spec import TokenSpec

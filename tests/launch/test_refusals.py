@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from smalti.launch import cli, sample, trees
-from smalti.launch.train import Job, train
+from smalti.launch.job import Job
+from smalti.launch.train import train
 
 DEBUG = ['--config.mesh.data=1']
 

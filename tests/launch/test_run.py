@@ -13,7 +13,8 @@ import pytest
 from smalti.evaluation.subset import subset
 from smalti.launch import cli, export, run as runs, sample, state as states, tokenize, trees
 from smalti.launch.checkpoint import Checkpoints
-from smalti.launch.train import Job, train
+from smalti.launch.job import Job
+from smalti.launch.train import train
 
 
 def config(name, **overrides):
@@ -288,8 +289,8 @@ def test_a_run_is_named_by_its_very_weights(generator, tmp_path):
 
 
 def test_time_of_a_step_leaves_out_evaluations_and_saves(tmp_path, monkeypatch):
-  from smalti.launch import train as training
-  evaluate = training.Job.evaluate
+  from smalti.launch import job as jobs
+  evaluate = jobs.Job.evaluate
 
   def slow(self):
     time.sleep(1.0)
@@ -300,9 +301,9 @@ def test_time_of_a_step_leaves_out_evaluations_and_saves(tmp_path, monkeypatch):
     step = self.step
     self.step = lambda *arguments: time.sleep(.05) or step(*arguments)
 
-  compile = training.Job.compile
-  monkeypatch.setattr(training.Job, 'compile', compiled)
-  monkeypatch.setattr(training.Job, 'evaluate', slow)
+  compile = jobs.Job.compile
+  monkeypatch.setattr(jobs.Job, 'compile', compiled)
+  monkeypatch.setattr(jobs.Job, 'evaluate', slow)
   experiment = config('digits_vq', steps='13')
   experiment.log.every, experiment.eval.every, experiment.checkpoint.every = 4, 3, 5
   train(experiment, tmp_path)
@@ -313,16 +314,16 @@ def test_time_of_a_step_leaves_out_evaluations_and_saves(tmp_path, monkeypatch):
 
 
 def test_non_finite_data_stops_before_the_update(tmp_path, monkeypatch):
-  from smalti.launch import train as training
+  from smalti.launch import job as jobs
   from smalti.launch.exits import NonFinite
-  batches = training.pipeline.batches
+  batches = jobs.pipeline.batches
 
   def poisoned(*args, **kwargs):
     for i, rows in enumerate(batches(*args, **kwargs)):
       image = rows['image'].astype(np.float32) / 127.5 - 1
       yield {**rows, 'image': image * (np.nan if i == 2 else 1)}
 
-  monkeypatch.setattr(training.pipeline, 'batches', poisoned)
+  monkeypatch.setattr(jobs.pipeline, 'batches', poisoned)
   with pytest.raises(NonFinite, match='Step 3 is not finite in loss term'):
     train(config('digits_vq', steps=6, checkpoint__every=1, checkpoint__best='none'),
           tmp_path / 'run')
