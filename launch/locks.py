@@ -3,7 +3,8 @@
 A holder keeps the file LOCK open under `flock`, which the system takes back when a process ends,
 however it ends. Not every shared file system carries that to other machines, so a holder touches
 its file every few seconds too: who finds the file of another machine, unlocked, takes it over once
-nothing was heard of it for five minutes.
+nothing was heard of it for five minutes. Where there is no `flock` at all that goes for every file,
+and two that begin in the same moment are not told apart.
 """
 
 import collections
@@ -103,11 +104,13 @@ def _acquired(folder: pathlib.Path, wait: bool) -> BinaryIO:
   folder.mkdir(parents=True, exist_ok=True)
   while True:
     file = open(path, 'a+b')
-    free, holder = _locked(file), _holder(_read(file))
+    locked, holder = _locked(file), _holder(_read(file))
     if not _is_at(file, path):
       file.close()
       continue
-    if free and (holder.get('machine') in (None, _machine()) or _silent(file, path)):
+    free = locked is not False
+    if free and (not holder or locked and holder.get('machine') == _machine()
+                 or _silent(file, path)):
       return file
     before, touched = touched, os.fstat(file.fileno()).st_mtime
     file.close()
@@ -120,7 +123,8 @@ def _acquired(folder: pathlib.Path, wait: bool) -> BinaryIO:
     time.sleep(_ASK)
 
 
-def _locked(file: BinaryIO) -> bool:
+def _locked(file: BinaryIO) -> bool | None:
+  """Whether the file is ours now; None where the file system cannot say."""
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
@@ -128,6 +132,7 @@ def _locked(file: BinaryIO) -> bool:
   except OSError as error:
     if error.errno not in _UNKNOWN:
       raise
+    return None
   return True
 
 

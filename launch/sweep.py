@@ -258,7 +258,6 @@ class Sweep:
         batches * programs[point.program][1] + measure for point in todo)
     return Prediction(len(points), len(todo), len(programs), batches * len(todo), seconds)
 
-
   def _measuring(self) -> float:
     """Seconds that all measures of one cell take."""
     begin = time.perf_counter()

@@ -68,8 +68,8 @@ def test_parts_are_named_by_their_commits_and_their_time(tmp_path):
 def test_a_clock_counts_from_its_start(tmp_path):
   sum(range(5_000_000))  # what came before is not counted
   found = provenance.record(tmp_path / 'a.json', 'x', {}, clock=provenance.Clock())
-  assert found['seconds'] < .05 and found['cpu_seconds'] < .05
-  assert provenance.record(tmp_path / 'a.json', 'x', {})['cpu_seconds'] > .05
+  whole = provenance.record(tmp_path / 'a.json', 'x', {})
+  assert found['seconds'] < whole['seconds'] / 2 and found['cpu_seconds'] < whole['cpu_seconds'] / 2
 
 
 def test_the_commit_is_that_of_the_code_that_was_loaded(tmp_path, monkeypatch):
